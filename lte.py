@@ -1,0 +1,1128 @@
+"""LoRA-the-Explorer (LTE): train a network from scratch with N parallel low-rank heads.
+
+Every weight W is frozen, and may be stored in 4 bits. N heads, each a LoRA pair (A, B), learn alone
+on their own share of the data for T steps; then the mean of what they learnt is merged into W, and
+they go on. Nothing is sent between merges, and over the training the update reaches rank N r.
+One process may run all heads, or P processes N / P each: the result is the same.
+
+    given W, T, s = lora_alpha / r;  A_n semi-orthogonal, B_n = 0,  A'_n = A_n, B'_n = B_n
+    repeat
+        for each head n = 1 .. N, alone:
+            for T steps:  y = W x + s (B_n A_n - B'_n A'_n) x;  optimizer step on (A_n, B_n)
+        W   <- W + (1/N) sum_n s (B_n A_n - B'_n A'_n)                    merge
+        A'_n <- A_n,  B'_n <- B_n                                         what is merged already
+
+The primed factors are what makes "no reset" exact: a merge moves a head's work into W, so the head
+must stop adding it a second time. Factors and optimizer state just go on. What has no low-rank form
+(biases, LayerNorm, embeddings) every head trains as its own copy, averaged at the merge.
+
+Use
+    model = lte.convert(ViT(), heads=8, r=32, lora_alpha=256)
+    loss = lte.head_loss(F.cross_entropy(model(x), y, reduction="none"), model)
+    loss.backward(); lte.clip_grad_norm_(model, 1.0); optimizer.step()
+    if step % T == 0: lte.merge(model)
+    torch.save(lte.merged_state_dict(model), "model.pt")        # loads into a plain ViT()
+
+Glossary: symbol, name in the code, meaning
+    N       layout.heads    heads over all processes; attention's own heads are `attn_heads`
+    n       layout.local    heads of this process, a contiguous block of the N
+    P       layout.world    processes; `layout.rank` is this one ("rank" is never the LoRA rank)
+    T                       optimizer steps between merges: the caller's loop decides
+    r       r               rank of one head's factors, cut to min(in, out) of the layer
+    A_n     lora_A          (n, r, in)
+    B_n     lora_B          (n, out, r)
+    A', B'  merged_A, _B    the factors as they were at the last merge
+    s       scaling         lora_alpha / r, with r as given; 1/N is never part of it
+    W       weight          (out, in), decoded from the base
+            base            how W is stored for the forward pass; the master is its exact fp32 value
+    in shapes: b samples of one head, t tokens, i in, o out
+
+Source: Huh, Cheung, Bernstein, Isola, Agrawal, "Training Neural Networks from Scratch with Parallel
+Low-Rank Adapters", arXiv 2402.16828. What differs from the paper and from the authors' public code:
+    - A is scaled by sqrt(in / r) as in their code; the paper writes the inverse (section 2)
+    - multi-head LoRA (`parallel=False`) has the paper's 1/N, which their code leaves out
+    - biases, LayerNorm, convolutions and class tokens train; theirs freezes or refuses them
+    - the base may be quantized, and merges go to an fp32 master, so that nothing is rounded away
+    - heads may really live on different processes, with the same result bit for bit on a CPU
+Not here: recovery from a lost process, merging while training, fp16 loss scaling, tied weights.
+
+Sections: 1 heads and processes - 2 factors - 3 merged tensors - 4 the low-rank layer - 5 what else
+heads own - 6 convert - 7 merge - 8 training helpers - 9 export and counts
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+__version__ = "0.1.0"
+
+# ------------------------------------------------------------------------------------------------
+# 1 heads and processes: which heads live here, sums in a fixed order, seeds
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Layout:
+    """What all layers of one converted model share: the heads, the processes, the merges so far."""
+
+    heads: int  # N, over all processes
+    parallel: bool = True  # False: multi-head LoRA, every head sees every sample
+    seed: int = 0
+    world: int = field(init=False)  # P
+    rank: int = field(init=False)
+    merges: int = field(init=False, default=0)
+    bytes_sent: int = field(init=False, default=0)  # that left this process, all merges together
+    names: list = field(init=False, default_factory=list)  # the plain model's state dict keys
+
+    def __post_init__(self):
+        running = dist.is_available() and dist.is_initialized()
+        self.world = dist.get_world_size() if running else 1
+        self.rank = dist.get_rank() if running else 0
+        if self.heads < 1:
+            raise ValueError(f"heads={self.heads}: at least one head is needed")
+        if self.heads % self.world:
+            raise ValueError(
+                f"{self.heads} heads do not spread over {self.world} processes; "
+                f"use a multiple of {self.world} heads or another number of processes"
+            )
+        if not self.parallel and self.world > 1:
+            raise ValueError(
+                f"multi-head LoRA (parallel=False) needs every head in one process, "
+                f"but {self.world} are running; start one process"
+            )
+
+    @property
+    def local(self):
+        """Heads of this process: heads rank * local .. (rank + 1) * local - 1."""
+        return self.heads // self.world
+
+    def split(self, x):
+        """(n b, ...) -> (n, b, ...): head n of this process gets the n-th chunk of the batch."""
+        if x.dim() < 1 or x.shape[0] % self.local:
+            raise ValueError(
+                f"a batch of {x.shape[0] if x.dim() else 1} samples does not split over "
+                f"{self.local} heads; use a multiple of {self.local}, or drop_last=True"
+            )
+        return x.unflatten(0, (self.local, -1))
+
+
+def tree_sum(term, first, count):
+    """term(first) + ... + term(first + count - 1), added in a fixed binary tree.
+
+    Floating-point sums depend on their order. A power-of-two block of heads is a subtree, so its
+    process adds just what one process with all heads would add, and the last bits agree.
+    """
+    if count == 1:
+        return term(first)
+    left = 1 << (count - 1).bit_length() - 1  # the largest power of two below count
+    return tree_sum(term, first, left) + tree_sum(term, first + left, count - left)
+
+
+def all_gather(mine, layout):
+    """(bytes) of every process -> (P, bytes); counts what leaves this one on a ring."""
+    if layout.world == 1:
+        return mine.unsqueeze(0)
+    everyone = mine.new_empty(layout.world, *mine.shape)
+    dist.all_gather_into_tensor(everyone.view(-1), mine.contiguous().view(-1))
+    layout.bytes_sent += mine.nbytes * (layout.world - 1)
+    return everyone
+
+
+def all_to_all(chunks, layout):
+    """(P, m): chunk p goes to process p; returns (P, m): what process p had for this one."""
+    if layout.world == 1:
+        return chunks
+    arrived = torch.empty_like(chunks)
+    dist.all_to_all_single(arrived, chunks)
+    layout.bytes_sent += chunks[0].nbytes * (layout.world - 1)
+    return arrived
+
+
+def seed_of(*key):
+    """A 63-bit seed that depends on `key` alone: not on the process, nor on what ran before."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+def generator(*key, device="cpu"):
+    """A random generator started from seed_of(*key)."""
+    return torch.Generator(device).manual_seed(seed_of(*key))
+
+
+# ------------------------------------------------------------------------------------------------
+# 2 factors: A's initialisation, and the update as one product
+# ------------------------------------------------------------------------------------------------
+
+INITS = ("orthogonal", "orthogonal_paper", "kaiming", "xavier")
+
+
+def init_A(shape, out_features, init, *key, dtype=torch.float32):
+    """One head's A (r, in), drawn from `key` = (seed, merge, layer, head).
+
+    "orthogonal" makes orthonormal rows times sqrt(in / r): the rows' mean square is then 1 / r
+    whatever the width. The paper writes sqrt(r / in) for such a matrix ("orthogonal_paper"), but
+    its rates fit the authors' code, which has the inverse.
+    """
+    r, i = shape
+    A, g = torch.empty(shape, dtype=dtype), generator(*key)
+    if init == "kaiming":
+        return nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=g)
+    if init == "xavier":
+        return nn.init.xavier_uniform_(A, generator=g)
+    gain = math.sqrt(i / r) if init == "orthogonal" else math.sqrt(r / i)
+    return nn.init.orthogonal_(A, gain=gain, generator=g)
+
+
+def factor_update(A, B, merged_A, merged_B):
+    """U (..., out, 2r), V (..., 2r, in) with U V = B A - B' A'.
+
+        U = [B - B', B'],  V = [A; A - A']:   U V = (B - B') A + B' (A - A') = B A - B' A'
+
+    The difference of the two products would cancel: right after a merge it is rounding noise, not
+    zero. This form is zero exactly where nothing changed, and keeps small progress to 1e-7.
+    """
+    return torch.cat([B - merged_B, merged_B], -1), torch.cat([A, A - merged_A], -2)
+
+
+# ------------------------------------------------------------------------------------------------
+# 3 merged tensors: one dense tensor in rows of 64 weights, and its exact master
+# ------------------------------------------------------------------------------------------------
+
+BASES = ("fp32", "bf16", "int8", "nf4", "fp4")
+BLOCK = 64  # weights a row; a row carries its own scale, so that any slice of rows stands alone
+
+
+def bitsandbytes():
+    """bitsandbytes' functional quantization, imported when a quantized base first needs it."""
+    try:
+        import bitsandbytes.functional as bnb
+    except ImportError as error:
+        raise ImportError(
+            "base int8, nf4 and fp4 need the package bitsandbytes: pip install bitsandbytes"
+        ) from error
+    return bnb
+
+
+def encode(x, base):
+    """(rows, 64) floats -> (rows, bytes): 128 bytes bf16, 68 int8, 36 nf4 or fp4; fp32 as it is.
+
+    int8 is bitsandbytes' dynamic 8-bit code, nf4 and fp4 its 4-bit codes, each with one fp32 absmax
+    a row, which ends the row.
+    """
+    if base == "fp32":
+        return x
+    if base == "bf16":
+        return x.bfloat16().view(torch.uint8)
+    x = x.float().contiguous()
+    if base == "int8":
+        codes, state = bitsandbytes().quantize_blockwise(x, blocksize=BLOCK)
+    else:
+        codes, state = bitsandbytes().quantize_4bit(x, blocksize=BLOCK, quant_type=base)
+    return torch.cat([codes.view(len(x), -1), state.absmax.view(-1, 1).view(torch.uint8)], 1)
+
+
+def decode(rows, base, dtype):
+    """(rows, bytes) -> (rows, 64) in `dtype`: what the forward pass multiplies with."""
+    if base == "fp32":
+        return rows
+    if base == "bf16":
+        return rows.view(torch.bfloat16).to(dtype)
+    bnb, shape = bitsandbytes(), (len(rows), BLOCK)
+    codes, absmax = rows[:, :-4].contiguous(), rows[:, -4:].contiguous().view(torch.float32)
+    if base == "int8":
+        return bnb.dequantize_blockwise(codes, absmax=absmax.flatten(), blocksize=BLOCK).to(dtype)
+    state = bnb.QuantState(
+        absmax.flatten(), shape=shape, dtype=torch.float32, blocksize=BLOCK, quant_type=base
+    )
+    return bnb.dequantize_4bit(codes.view(-1, 1), state).to(dtype)
+
+
+class Merged(nn.Module):
+    """A dense tensor that no gradient touches and every merge adds to.
+
+    `rows` is the whole tensor in its forward format, equal on all processes. `master` is this
+    process's share of the rows in full precision: merges go there, and `rows` is always its
+    rounding, so nothing is lost however coarse the base. For "fp32" the rows are the master.
+    What the heads train is added by subclasses: delta(h) is head h's change since the last merge.
+    """
+
+    decays = False  # does weight decay shrink it at a merge?
+
+    def __init__(self, tensor, layout, base="fp32"):
+        super().__init__()
+        self.layout, self.base, self.plain = layout, base, ""  # plain: its name in the plain model
+        self.shape, self.numel = tensor.shape, tensor.numel()
+        self.share = math.ceil(self.numel / BLOCK / layout.world)  # rows of one process
+        exact = self.to_rows(tensor.detach())
+        self.register_buffer("rows", encode(exact, base))
+        mine = exact[self.mine].clone() if base != "fp32" else None
+        self.register_buffer("master", mine)
+
+    @property
+    def mine(self):
+        return slice(self.layout.rank * self.share, (self.layout.rank + 1) * self.share)
+
+    def to_rows(self, tensor):
+        """(shape) -> (P share, 64), zeros behind the end."""
+        rows = tensor.new_zeros(self.layout.world * self.share, BLOCK)
+        rows.view(-1)[: self.numel] = tensor.flatten()
+        return rows
+
+    def from_rows(self, rows):
+        return rows.flatten()[: self.numel].view(self.shape)
+
+    @property
+    def dtype(self):
+        """Of the master, and of W as it is decoded: float32 or float64."""
+        dtype = self.rows.dtype if self.master is None else self.master.dtype
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"the converted model was cast to {dtype}; keep it in float32 (or float64) and "
+                "compute in bfloat16 under torch.autocast instead"
+            )
+        return dtype
+
+    def dense(self):
+        """The merged tensor as the forward pass sees it; a view of the rows for "fp32"."""
+        return self.from_rows(decode(self.rows, self.base, self.dtype))
+
+    def master_share(self):
+        return self.rows[self.mine] if self.master is None else self.master
+
+    def exact(self):
+        """The merged tensor without rounding, a new tensor. Collective for a quantized base."""
+        rows = self.rows if self.master is None else all_gather(self.master, self.layout)
+        return self.from_rows(rows).clone()
+
+
+# ------------------------------------------------------------------------------------------------
+# 4 the low-rank layer: its product in two forms, and the layer
+# ------------------------------------------------------------------------------------------------
+# y_n = x_n (W + s U_n V_n)^T can be computed in two ways. Multiply-adds, M tokens a head, W (o, i),
+# forward and backward, on top of the 2 M o i that W itself costs:
+#     textbook  (x V^T) U^T beside x W^T           6 M r (o + i)    through autograd
+#     formed    W + s U V as one matrix, twice     4 o i r + 2 M r (o + i)
+# so formed is cheaper from M = o i / (o + i) on, half the width of a square layer, whatever r.
+
+
+def textbook_product(x, A, B, merged_A, merged_B, W, s):
+    """x (n, M, i), A (n, r, i), B (n, o, r) -> y (n, M, o): x W^T + s (x V^T) U^T."""
+    U, V = factor_update(A, B, merged_A, merged_B)
+    return F.linear(x, W) + torch.bmm(torch.bmm(x, V.mT), s * U.mT)
+
+
+class FormedProduct(torch.autograd.Function):
+    """x (n, M, i) -> y (n, M, o) through one matrix a head, formed when needed and let go at once.
+
+        forward   W_n = W + s U_n V_n,     y_n = x_n W_n^T
+        backward  W_n once more,           dx_n = g_n W_n
+                  dB_n = s g_n^T (x_n A_n^T),   dA_n = s (g_n B_n)^T x_n
+
+    Only x is kept for the backward pass. W comes as its rows, decoded where it is used. Under
+    autocast W_n is formed in full precision and rounded once, as dense training rounds its W.
+    """
+
+    @staticmethod
+    def forward(ctx, x, A, B, merged_A, merged_B, rows, spec, s):
+        device, dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        ctx.spec, ctx.s, ctx.x_dtype = spec, s, x.dtype
+        x = x.to(dtype)
+        ctx.save_for_backward(x, A, B, merged_A, merged_B, rows)
+        with torch.autocast(device, enabled=False):
+            weights = FormedProduct.weights(ctx, A, B, merged_A, merged_B, rows, dtype)
+            return torch.stack([x_n @ W_n.mT for x_n, W_n in zip(x, weights, strict=True)])
+
+    @staticmethod
+    def weights(ctx, A, B, merged_A, merged_B, rows, dtype):
+        """W + s U_n V_n (o, i) of one head after the other, a generator: never two at a time."""
+        base, exact, o, i = ctx.spec
+        W = decode(rows, base, exact).flatten()[: o * i].view(o, i)
+        for n in range(len(A)):
+            U, V = factor_update(A[n], B[n], merged_A[n], merged_B[n])
+            yield torch.addmm(W, ctx.s * U, V).to(dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        with torch.autocast(g.device.type, enabled=False):
+            return FormedProduct.gradients(ctx, g)
+
+    @staticmethod
+    def gradients(ctx, g):
+        x, A, B, merged_A, merged_B, rows = ctx.saved_tensors
+        grads = []
+        weights = FormedProduct.weights(ctx, A, B, merged_A, merged_B, rows, g.dtype)
+        for g_n, x_n, A_n, B_n, W_n in zip(g, x, A, B, weights, strict=True):
+            dx_n = g_n @ W_n if ctx.needs_input_grad[0] else x_n.new_zeros(())
+            dB_n = g_n.mT @ (x_n @ A_n.to(x.dtype).mT)
+            dA_n = (g_n @ B_n.to(x.dtype)).mT @ x_n
+            grads.append((dx_n, ctx.s * dA_n, ctx.s * dB_n))
+        dx, dA, dB = (torch.stack(per_head) for per_head in zip(*grads, strict=True))
+        dx = dx.to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
+        return dx, dA.to(A.dtype), dB.to(B.dtype), None, None, None, None, None
+
+
+def side_by_side(A, B):
+    """The N heads' A (N, r, i), B (N, o, r) as one pair of rank N r: (1, N r, i), (1, o, N r)."""
+    return A.flatten(0, 1).unsqueeze(0), B.transpose(0, 1).flatten(1).unsqueeze(0)
+
+
+class MultiheadLoRALinear(Merged):
+    """A linear layer with a frozen W and N low-rank heads.
+
+        parallel=True   LTE:              y_n = W x_n + s (B_n A_n - B'_n A'_n) x_n + bias_n
+        parallel=False  multi-head LoRA:  y = W x + (1/N) sum_n [s (B_n A_n - B'_n A'_n) x + bias_n]
+
+    In eval the merged model alone: W and the merged bias, for a batch of any size.
+
+    Args:
+        heads: N over all processes; this one holds lora_A (n, r, in), lora_B (n, out, r),
+            bias (n, out) of its n = N / P.
+        r: rank of one head, cut to min(in_features, out_features); scaling stays lora_alpha / r.
+        base: how W is stored, one of BASES; init: how A starts, one of INITS (B starts at zero).
+    Source: equations of sections 3.1 (multi-head LoRA) and 3.2 (LTE) of the paper.
+    """
+
+    decays = True
+
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        *,
+        heads,
+        r,
+        lora_alpha,
+        bias=True,
+        base="fp32",
+        parallel=True,
+        init="orthogonal",
+        seed=0,
+    ):
+        linear = nn.Linear(in_features, out_features, bias=bias)
+        layout = Layout(heads, parallel, seed)
+        layout.names = list(linear.state_dict())
+        check_options(r=r, lora_alpha=lora_alpha, base=base, init=init)
+        broadcast(linear, layout)
+        self.setup(linear.weight, linear.bias, layout, r, lora_alpha, base, init)
+
+    @classmethod
+    def of(cls, weight, bias, prefix, layout, *, r, lora_alpha, base, init):
+        """The layer for given weight (out, in) and bias; `prefix` is its name in the model."""
+        layer = cls.__new__(cls)
+        layer.setup(weight, bias, layout, r, lora_alpha, base, init, prefix)
+        return layer
+
+    def setup(self, weight, bias, layout, r, lora_alpha, base, init, prefix=""):
+        super().__init__(weight, layout, base)
+        self.out_features, self.in_features = weight.shape[0], weight[0].numel()
+        self.scaling = lora_alpha / r
+        self.r = min(r, self.in_features, self.out_features)
+        self.init, self.plain = init, prefix + "weight"
+        A = self.draw_A(weight).to(weight.device)  # (n, r, in)
+        B = A.new_zeros(layout.local, self.out_features, self.r)  # (n, out, r)
+        self.lora_A = nn.Parameter(A, requires_grad=weight.requires_grad)
+        self.lora_B = nn.Parameter(B, requires_grad=weight.requires_grad)
+        self.register_buffer("merged_A", A.clone())
+        self.register_buffer("merged_B", B.clone())
+        self.bias_copies = None if bias is None else Copies(bias, layout, prefix + "bias")
+
+    def draw_A(self, like):
+        """(n, r, in): every head its own, the same whichever process holds it."""
+        shape, layout = (self.r, self.in_features), self.layout
+        keys = [
+            (layout.seed, layout.merges, self.plain, layout.rank * layout.local + h)
+            for h in range(layout.local)
+        ]
+        out, dtype = self.out_features, like.dtype
+        return torch.stack([init_A(shape, out, self.init, *key, dtype=dtype) for key in keys])
+
+    @property
+    def weight(self):
+        """W (out, in), frozen, as the forward pass sees it."""
+        return self.dense().view(self.out_features, self.in_features)
+
+    @property
+    def bias(self):
+        """(n, out), one bias a head; None without."""
+        return None if self.bias_copies is None else self.bias_copies.heads
+
+    def forward(self, x):
+        bias = None if self.bias_copies is None else self.bias_copies.value()
+        if not self.training:
+            return F.linear(x, self.weight, bias)
+        now, then = (self.lora_A, self.lora_B), (self.merged_A, self.merged_B)
+        if self.layout.parallel:
+            s, x_n = self.scaling, self.layout.split(x).flatten(1, -2)  # (n, b t, i)
+        else:  # all samples to one head of rank N r, with s / N
+            s, x_n = self.scaling / self.layout.heads, x.reshape(1, -1, self.in_features)
+            now, then = side_by_side(*now), side_by_side(*then)
+        (_, tokens, i), o = x_n.shape, self.out_features
+        if tokens * (o + i) > o * i:
+            y_n = FormedProduct.apply(x_n, *now, *then, self.rows, (self.base, self.dtype, o, i), s)
+        else:
+            y_n = textbook_product(x_n, *now, *then, self.weight, s)
+        if bias is not None:
+            y_n = y_n + bias.view(len(y_n), 1, o).to(y_n.dtype)
+        return y_n.view(*x.shape[:-1], o)
+
+    def delta(self, h):
+        """s (B A - B' A') of the h-th head of this process, in the weight's shape."""
+        U, V = factor_update(self.lora_A[h], self.lora_B[h], self.merged_A[h], self.merged_B[h])
+        return (self.scaling * U @ V).view(self.shape)
+
+    def install(self):
+        """After a merge: what the factors say now is in W already."""
+        self.merged_A.copy_(self.lora_A)
+        self.merged_B.copy_(self.lora_B)
+
+    def reset(self, which):
+        """B <- 0, and for "AB" a new A: the head starts again, from W; returns what was reset."""
+        if which == "AB":
+            self.lora_A.copy_(self.draw_A(self.lora_A))
+        self.lora_B.zero_()
+        self.install()
+        return [self.lora_A, self.lora_B] if which == "AB" else [self.lora_B]
+
+    def extra_repr(self):
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
+            f"heads={self.layout.heads}, scaling={self.scaling:g}, base={self.base}"
+        )
+
+
+# ------------------------------------------------------------------------------------------------
+# 5 what else heads own: copies of everything that has no low-rank form
+# ------------------------------------------------------------------------------------------------
+
+
+class Copies(Merged):
+    """One copy of a tensor a head: heads (n, *shape), averaged at the merge."""
+
+    def __init__(self, tensor, layout, plain):
+        super().__init__(tensor, layout)
+        self.plain = plain
+        stacked = torch.stack([tensor.detach()] * layout.local)
+        if isinstance(tensor, nn.Parameter):
+            self.heads = nn.Parameter(stacked, requires_grad=tensor.requires_grad)
+        else:
+            self.register_buffer("heads", stacked)
+
+    def value(self):
+        """LTE: (n, *shape). Multi-head LoRA: the heads' mean. In eval: the merged tensor."""
+        if not self.training:
+            return self.dense()
+        return self.heads if self.layout.parallel else self.heads.mean(0)
+
+    def per_sample(self, samples):
+        """value() for each sample: LTE (n b, *shape), its head's copy. Else (1, *shape)."""
+        if self.training and self.layout.parallel:
+            return self.heads.repeat_interleave(samples // self.layout.local, 0)
+        return self.value().unsqueeze(0)
+
+    def delta(self, h):
+        return self.heads[h] - self.dense()
+
+    def install(self):
+        """After a merge every head goes on from the mean."""
+        self.heads.copy_(self.dense())
+
+
+class PerHead(nn.Module):
+    """Any module that owns parameters or buffers, with one copy of them a head.
+
+    torch.func runs the module's own code on the stacked copies, head n on its chunk of the batch;
+    one head after the other, since a batched convolution's last bits depend on how many there are.
+    Whole-number buffers (BatchNorm's counter) are stacked too but not averaged: they are equal.
+    """
+
+    def __init__(self, module, prefix, layout):
+        super().__init__()
+        self.layout, self.prefix = layout, prefix
+        tensors = dict(module.named_parameters(recurse=False))
+        tensors |= dict(module.named_buffers(recurse=False))
+        self.names = list(tensors)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point():
+                self.add_module(name, Copies(tensor, layout, prefix + name))
+            else:
+                self.register_buffer(name, torch.stack([tensor] * layout.local))
+        self.__dict__["code"] = module.to("meta")  # not a child: only its forward is used
+
+    def forward(self, *args, **kwargs):
+        def call(state, args, kwargs):
+            return torch.func.functional_call(self.code, state, args, kwargs)
+
+        self.code.training = self.training
+        copies = {name: getattr(self, name) for name in self.names}
+        if not (self.training and self.layout.parallel):
+            state = {n: c.value() if isinstance(c, Copies) else c[0] for n, c in copies.items()}
+            y = call(state, args, kwargs)
+            self.keep_buffers(copies, state)
+            return y
+        state = {n: c.heads if isinstance(c, Copies) else c for n, c in copies.items()}
+        state = {name: stacked.unbind(0) for name, stacked in state.items()}
+        leaves, spec = tree_flatten((args, kwargs))
+        chunks = [self.layout.split(x) if isinstance(x, torch.Tensor) else x for x in leaves]
+        outputs = []
+        for h in range(self.layout.local):
+            own = tree_unflatten([x[h] if isinstance(x, torch.Tensor) else x for x in chunks], spec)
+            outputs.append(call({name: heads[h] for name, heads in state.items()}, *own))
+        return tree_map(lambda *y: torch.cat(y) if torch.is_tensor(y[0]) else y[0], *outputs)
+
+    def keep_buffers(self, copies, state):
+        """Multi-head LoRA: all copies get what the module's code did to the buffers' mean."""
+        for name, own in copies.items() if self.training else ():
+            stacked = own.heads if isinstance(own, Copies) else own
+            if not isinstance(stacked, nn.Parameter):
+                stacked.copy_(state[name].expand_as(stacked))
+
+    def extra_repr(self):
+        return f"{self.code}, heads={self.layout.heads}"
+
+
+class PatchConv(MultiheadLoRALinear):
+    """Conv2d whose kernel equals its stride: a linear layer on the patches, each (c, k, k)."""
+
+    @staticmethod
+    def fits(conv):
+        return (
+            type(conv) is nn.Conv2d
+            and conv.kernel_size == conv.stride
+            and conv.padding in ((0, 0), "valid")
+            and conv.dilation == (1, 1)
+            and conv.groups == 1
+        )
+
+    def forward(self, x):
+        (h, w), (kh, kw) = x.shape[2:], self.shape[2:]
+        x = x[:, :, : h - h % kh, : w - w % kw]  # as Conv2d: what fills no patch is left out
+        x = x.unflatten(3, (-1, kw)).unflatten(2, (-1, kh))  # (b, c, h', kh, w', kw)
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (b, h', w', c kh kw)
+        return super().forward(x).permute(0, 3, 1, 2)
+
+
+class MultiheadAttention(nn.Module):
+    """nn.MultiheadAttention(batch_first=True) with its projections as layers that heads own.
+
+    `linear(weight, bias, name)` makes such a layer. The packed in_proj is one layer (3 d, d); with
+    kdim or vdim there are three, and one bias (3 d) in copies. forward takes the same arguments.
+    """
+
+    in_proj_bias = None  # tells nn.TransformerEncoderLayer that its fused path is not for us
+    batch_first = True
+
+    def __init__(self, attention, linear, layout, prefix):
+        super().__init__()
+        self.attn_heads, self.bias_copies = attention.num_heads, None
+        bias = attention.in_proj_bias
+        if attention.in_proj_weight is not None:
+            projections = [linear(attention.in_proj_weight, bias, "in_proj_")]
+        else:
+            names = ("q_proj_", "k_proj_", "v_proj_")
+            projections = [linear(getattr(attention, n + "weight"), None, n) for n in names]
+            if bias is not None:
+                self.bias_copies = Copies(bias, layout, prefix + "in_proj_bias")
+        self.in_proj = nn.ModuleList(projections)
+        self.out_proj = linear(attention.out_proj.weight, attention.out_proj.bias, "out_proj.")
+
+    def project(self, query, key, value):
+        """q, k, v (batch, t, d) from the three inputs."""
+        inputs = (query, key, value)
+        if len(self.in_proj) == 3:
+            qkv = [layer(x) for layer, x in zip(self.in_proj, inputs, strict=True)]
+            if self.bias_copies is None:
+                return qkv
+            bias = self.bias_copies.per_sample(len(query)).unsqueeze(-2)  # (batch or 1, 1, 3 d)
+            return [x + b for x, b in zip(qkv, bias.chunk(3, -1), strict=True)]
+        if query is key and key is value:
+            return self.in_proj[0](query).chunk(3, -1)
+        return [self.in_proj[0](x).chunk(3, -1)[j] for j, x in enumerate(inputs)]
+
+    def forward(
+        self,
+        query,
+        key,
+        value,
+        key_padding_mask=None,
+        need_weights=True,
+        attn_mask=None,
+        average_attn_weights=True,
+        is_causal=False,
+    ):
+        if query.dim() != 3:
+            raise ValueError(f"attention over {query.dim()}-d input: heads need a batch, use 3-d")
+        q, k, v = (
+            x.unflatten(-1, (self.attn_heads, -1)).transpose(1, 2)  # (batch, attn_heads, t, d)
+            for x in self.project(query, key, value)
+        )
+        mask = attention_mask(attn_mask, key_padding_mask, q)
+        weights = None
+        if need_weights:
+            scores = q @ k.mT / math.sqrt(q.shape[-1])
+            weights = (scores if mask is None else scores + mask).softmax(-1)
+            y = weights @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal and mask is None)
+        return self.out_proj(y.transpose(1, 2).flatten(2)), weights
+
+
+def attention_mask(attn_mask, key_padding_mask, q):
+    """Both masks of nn.MultiheadAttention as one to add to the scores: True or -inf is left out."""
+
+    def additive(mask):
+        if mask.dtype != torch.bool:
+            return mask
+        return torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, -math.inf)
+
+    total = None
+    if attn_mask is not None:  # (t, t) or (batch attn_heads, t, t)
+        total = additive(attn_mask)
+        total = total.unflatten(0, (-1, q.shape[1])) if total.dim() == 3 else total
+    if key_padding_mask is not None:  # (batch, t)
+        padding = additive(key_padding_mask)[:, None, None]
+        total = padding if total is None else total + padding
+    return total
+
+
+class HeadDropout(nn.Module):
+    """nn.Dropout with masks that depend on (seed, layer, call, head), not on the process.
+
+    Not for use under activation checkpointing: a recomputed call would draw a new mask.
+    """
+
+    def __init__(self, p, name, layout):
+        super().__init__()
+        self.p, self.name, self.layout, self.calls = p, name, layout, 0
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        layout, self.calls = self.layout, self.calls + 1
+        chunks = layout.split(x) if layout.parallel else x.unsqueeze(0)
+        keep = torch.empty_like(chunks, requires_grad=False)
+        for h in range(len(chunks)):
+            key = (layout.seed, self.name, self.calls, layout.rank * layout.local + h)
+            keep[h].bernoulli_(1 - self.p, generator=generator(*key, device=x.device))
+        return (chunks * keep / (1 - self.p)).view_as(x)
+
+
+class BareCopies(nn.ModuleDict):
+    """Copies of parameters that a module with children owns itself, such as a class token (1, ...).
+
+    A hook lends the module, for each call, a tensor with one row a sample, each its head's copy.
+    """
+
+    def __init__(self, owner, prefix, layout):
+        super().__init__()
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            self[name] = Copies(parameter, layout, prefix + name)
+            delattr(owner, name)
+        owner.register_forward_pre_hook(self.lend, with_kwargs=True)
+        owner.register_forward_hook(self.take_back, always_call=True)
+
+    def lend(self, owner, args, kwargs):
+        samples = next(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)).shape[0]
+        for name, copies in self.items():
+            setattr(owner, name, copies.per_sample(samples).squeeze(1))  # (n b or 1, ...)
+
+    def take_back(self, owner, args, output):
+        for name in self:
+            if name in owner.__dict__:
+                delattr(owner, name)
+
+
+# ------------------------------------------------------------------------------------------------
+# 6 convert: give every parameter of a model exactly one owner
+# ------------------------------------------------------------------------------------------------
+
+
+def convert(
+    model,
+    *,
+    heads,
+    r,
+    lora_alpha=None,
+    base="fp32",
+    parallel=True,
+    init="orthogonal",
+    bare="error",
+    skip=(),
+    seed=0,
+):
+    """Turn a plain model into one that N heads train. In place; returns it. Collective.
+
+    The function it computes stays the same: B = 0, so every head starts as the model it was given,
+    fresh or pretrained. All processes get rank 0's weights. Call it once, before the optimizer.
+
+    Args:
+        heads: N over all processes, a multiple of their number.
+        r: rank of one head (1 or more). None: no factors, every head trains a dense copy of
+            everything, which is local SGD.
+        lora_alpha: s = lora_alpha / r.
+        base: storage of the low-rank layers' W, one of BASES. Everything else stays exact.
+        parallel: True: head n sees its own chunk of the batch (LTE). False: every head sees every
+            sample (multi-head LoRA, one process only).
+        bare: parameters that a module with children owns itself: "error", "freeze", or "heads",
+            which needs shape (1, ...) and a module whose first argument has the batch first.
+        skip: names of modules to leave dense and frozen.
+    Raises: ValueError or TypeError, with the names of what could not be placed, before any change.
+    """
+    layout = Layout(heads, parallel, seed)
+    check_options(r=r, lora_alpha=lora_alpha, base=base, init=init, bare=bare)
+    plan = make_plan(model, r, bare, set(skip))
+    broadcast(model, layout)
+    layout.names = [name for name in model.state_dict() if not name.endswith("_extra_state")]
+    factors = dict(r=r, lora_alpha=lora_alpha, base=base, init=init)
+    for name, (kind, module) in plan.items():
+        parent_name, _, child = name.rpartition(".")
+        new = build(kind, module, name + "." if name else "", layout, factors)
+        if new is None:
+            continue
+        new.train(module.training)
+        if name:
+            setattr(model.get_submodule(parent_name), child, new)
+        else:
+            model = new
+    return model
+
+
+def check_options(*, r, lora_alpha, base, init, bare="error"):
+    if r is not None and (r < 1 or lora_alpha is None):
+        raise ValueError(f"r={r}, lora_alpha={lora_alpha}: r must be 1 or more, lora_alpha given")
+    for name, value, known in (
+        ("base", base, BASES),
+        ("init", init, INITS),
+        ("bare", bare, ("error", "freeze", "heads")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(known)}")
+    if base in ("int8", "nf4", "fp4"):
+        bitsandbytes()
+
+
+def make_plan(model, r, bare, skip):
+    """name -> (kind, module), having checked everything that can be wrong with the model."""
+    names = dict(model.named_modules(remove_duplicate=False))
+    if any(isinstance(m, (Merged, PerHead)) for m in names.values()):
+        raise ValueError("this model is converted already; convert a plain model, once")
+    if skip - names.keys():
+        raise ValueError(f"skip names no module: {sorted(skip - names.keys())}")
+    check_parameters(model)
+    plan = {}
+
+    def place(name, module):
+        kind = find_kind(name, module, r, skip)
+        plan[name] = kind, module
+        if kind in ("walk", "bare"):
+            for child_name, child in module._modules.items():  # one used twice comes twice
+                if child is None:
+                    continue
+                place(f"{name}.{child_name}" if name else child_name, child)
+
+    place("", model)
+    check_bare({n: m for n, (kind, m) in plan.items() if kind == "bare"}, bare)
+    if r is not None and not any(k in ("linear", "conv", "attention") for k, _ in plan.values()):
+        raise ValueError(
+            "nothing to convert: the model has no Linear, MultiheadAttention or patch Conv2d; "
+            "its parameters would only be copied (r=None does that)"
+        )
+    action = {"error": "walk", "freeze": "freeze bare", "heads": "bare"}[bare]
+    return {n: (action if kind == "bare" else kind, m) for n, (kind, m) in plan.items()}
+
+
+def check_parameters(model):
+    """Only float32 or float64, and no parameter under two names."""
+    seen = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if p.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"{name} is {p.dtype}: heads learn in float32 (or float64); convert a float32 "
+                "model and compute in bfloat16 under torch.autocast"
+            )
+        if id(p) in seen:
+            raise ValueError(f"{seen[id(p)]} and {name} are one tied parameter; untie them first")
+        seen[id(p)] = name
+
+
+def find_kind(name, module, r, skip):
+    """Which owner a module's parameters get."""
+    own = list(module.parameters(recurse=False))
+    if name in skip:
+        return "freeze"
+    if isinstance(module, nn.MultiheadAttention):
+        if module.bias_k is not None or module.add_zero_attn or module.dropout:
+            raise ValueError(
+                f"{name}: attention with dropout={module.dropout}, add_bias_kv or add_zero_attn "
+                "cannot be converted; build it without them, or name it in skip"
+            )
+        if not module.batch_first:
+            raise ValueError(
+                f"{name}: attention with batch_first=False; heads share the first dimension of "
+                "every tensor, which must be the batch: build the model with batch_first=True"
+            )
+        return "attention"
+    if type(module) is nn.Dropout and module.p > 0:
+        return "dropout"
+    if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+        raise ValueError(f"{name}: {module} draws from the process's generator; use nn.Dropout")
+    if list(module.children()) or isinstance(module, (nn.ParameterList, nn.ParameterDict)):
+        return "bare" if any(p.requires_grad for p in own) else "walk"
+    if own and not any(p.requires_grad for p in own):
+        return "walk"  # frozen by its author, and so it stays
+    if r is not None and type(module) is nn.Linear:
+        return "linear"
+    if r is not None and PatchConv.fits(module):
+        return "conv"
+    return "copies" if own or list(module.buffers(recurse=False)) else "walk"
+
+
+def check_bare(modules, bare):
+    """Parameters of modules with children: refused, unless the caller has chosen."""
+    for prefix, module in modules.items():
+        for name, p in module.named_parameters(recurse=False):
+            full = f"{prefix}.{name}" if prefix else name
+            listed = isinstance(module, (nn.ParameterList, nn.ParameterDict))
+            if bare == "error":
+                raise ValueError(
+                    f"{full} {tuple(p.shape)} belongs to no leaf module; choose bare='freeze', or "
+                    "bare='heads' if its shape is (1, ...), or move it into a module of its own"
+                )
+            if bare == "heads" and (listed or p.dim() < 1 or p.shape[0] != 1):
+                raise ValueError(
+                    f"{full} {tuple(p.shape)}: bare='heads' needs shape (1, ...) and a module with "
+                    "a forward of its own; use bare='freeze' or move it into a module"
+                )
+
+
+def build(kind, module, prefix, layout, factors):
+    """The module that takes this one's place, or None where it stays."""
+
+    def linear(weight, bias, name):
+        if factors["r"] is None:
+            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            plain.weight = weight
+            plain.bias = None if bias is None else nn.Parameter(bias.detach())
+            return PerHead(plain, prefix + name, layout)
+        return MultiheadLoRALinear.of(weight, bias, prefix + name, layout, **factors)
+
+    if kind == "freeze":
+        module.requires_grad_(False)
+    elif kind == "freeze bare":
+        for p in module.parameters(recurse=False):
+            p.requires_grad_(False)
+    elif kind == "bare":
+        module.lte_copies = BareCopies(module, prefix, layout).train(module.training)
+    elif kind == "linear":
+        return linear(module.weight, module.bias, "")
+    elif kind == "conv":
+        return PatchConv.of(module.weight, module.bias, prefix, layout, **factors)
+    elif kind == "attention":
+        return MultiheadAttention(module, linear, layout, prefix)
+    elif kind == "dropout":
+        return HeadDropout(module.p, prefix, layout)
+    elif kind == "copies":
+        return PerHead(module, prefix, layout)
+    return None
+
+
+def broadcast(model, layout):
+    """All processes start from rank 0's weights, whatever they were seeded with."""
+    if layout.world > 1:
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                dist.broadcast(tensor, src=0)
+
+
+def census(model):
+    """Who owns which parameter of the plain model.
+
+    Returns {"low-rank": {name: size}, "copies": {...}, "frozen": {...}}; every parameter stands in
+    exactly one of the three.
+    """
+    owners = {"low-rank": {}, "copies": {}, "frozen": {}}
+    for m in merged_tensors(model):
+        low_rank = isinstance(m, MultiheadLoRALinear)
+        learns = m.lora_B if low_rank else m.heads
+        if isinstance(learns, nn.Parameter):  # not a copied buffer
+            kind = "low-rank" if low_rank else "copies"
+            owners[kind if learns.requires_grad else "frozen"][m.plain] = m.numel
+    ours = {id(p) for m in merged_tensors(model) for p in m.parameters()}
+    owners["frozen"] |= {n: p.numel() for n, p in model.named_parameters() if id(p) not in ours}
+    return owners
+
+
+def merged_tensors(model):
+    return [m for m in model.modules() if isinstance(m, Merged)]
+
+
+def layout_of(model):
+    for m in model.modules():
+        if isinstance(m, Merged):
+            return m.layout
+    raise ValueError("this model was not converted; call lte.convert first")
+
+
+# ------------------------------------------------------------------------------------------------
+# 7 merge
+# ------------------------------------------------------------------------------------------------
+
+BUCKET = 32 * 2**20  # bytes of deltas sent at a time: few messages, and bounded memory
+
+
+@torch.no_grad()
+def merge(model, *, optimizer=None, reset="none", decay=1.0):
+    """W <- decay W + (1/N) sum_n s (B_n A_n - B'_n A'_n); copies <- their mean. Collective.
+
+    Right after it every head computes just what the merged model computes. A second merge with no
+    step in between changes nothing.
+
+    Args:
+        reset: "none": factors and their optimizer state go on. "B": B <- 0. "AB": and a new A.
+        optimizer: needed for a reset, which clears its whole state of what was reset (Adam's step
+            count too: old counts with new moments would make the next update too large).
+        decay: factor on W of low-rank layers, the product of (1 - rate_t wd) since the last merge.
+    Source: the paper's LTE update; telescoped, W = W_start + (s/N) sum_n B_n A_n without reset.
+    """
+    layout, tensors = layout_of(model), merged_tensors(model)
+    check_reset(tensors, reset, optimizer)
+    with torch.autocast(tensors[0].rows.device.type, enabled=False):
+        for bucket in buckets(tensors):
+            merge_bucket(bucket, layout, decay)
+        for m in tensors:
+            m.install()
+        layout.merges += 1
+        if reset != "none":
+            for layer in tensors:
+                if isinstance(layer, MultiheadLoRALinear):
+                    for p in layer.reset(reset):
+                        optimizer.state.pop(p, None)
+
+
+def merge_bucket(bucket, layout, decay):
+    """Partial sums -> all-to-all of row shards -> mean -> master -> all-gather of forward rows.
+
+    As many bytes as a reduce-scatter and an all-gather, but the order of addition is ours.
+    """
+    partial = [tree_sum(m.delta, 0, layout.local) for m in bucket]
+    partial = [m.to_rows(p).view(layout.world, -1) for m, p in zip(bucket, partial, strict=True)]
+    arrived = all_to_all(torch.cat(partial, 1), layout)  # (P, this process's shards of the bucket)
+    mean = tree_sum(lambda p: arrived[p], 0, layout.world) / layout.heads
+    forward = []
+    for m, m_mean in zip(bucket, mean.split([m.share * BLOCK for m in bucket]), strict=True):
+        share = m.master_share()
+        share.mul_(decay if m.decays else 1.0).add_(m_mean.view(-1, BLOCK))
+        forward.append(encode(share, m.base).view(torch.uint8).flatten())
+    everyone = all_gather(torch.cat(forward), layout)  # (P, bytes)
+    for m, rows in zip(bucket, everyone.split([f.numel() for f in forward], 1), strict=True):
+        m.rows.view(torch.uint8).view(layout.world, -1).copy_(rows)
+
+
+def buckets(tensors):
+    """Group tensors in order, each group's deltas at most BUCKET bytes (or one tensor)."""
+    groups, size = [[]], 0
+    for m in tensors:
+        nbytes = m.layout.world * m.master_share().nbytes
+        if groups[-1] and size + nbytes > BUCKET:
+            groups.append([])
+            size = 0
+        groups[-1].append(m)
+        size += nbytes
+    return groups
+
+
+def check_reset(tensors, reset, optimizer):
+    if reset not in ("none", "B", "AB"):
+        raise ValueError(f"reset={reset!r} is not known; choose one of none, B, AB")
+    if reset == "none":
+        return
+    if optimizer is None:
+        raise ValueError(f"reset={reset!r} needs optimizer=, to clear its state of what is reset")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for m in tensors:
+        learns = isinstance(m, MultiheadLoRALinear) and m.lora_B.requires_grad
+        if learns and id(m.lora_B) not in held:
+            raise ValueError(f"the optimizer does not hold the factors of {m.plain}: wrong one?")
+
+
+# ------------------------------------------------------------------------------------------------
+# 8 training helpers
+# ------------------------------------------------------------------------------------------------
+
+
+def head_loss(losses, model):
+    """Sum over this process's heads of each head's mean loss; losses is (n b, ...), unreduced.
+
+    The sum, not the mean: a head's gradient must not depend on how many heads share its process.
+    For multi-head LoRA, where all heads share all samples, the plain mean.
+    """
+    layout = layout_of(model)
+    if not layout.parallel:
+        return losses.mean()
+    return layout.split(losses).flatten(1).mean(1).sum()
+
+
+@torch.no_grad()
+def clip_grad_norm_(model, max_norm):
+    """Clip each head's gradient to max_norm by its own norm; returns the norms (n,) before it.
+
+    Head by head, so that a head's step does not depend on its neighbours. For multi-head LoRA the
+    heads are one model with one norm.
+    """
+    layout = layout_of(model)
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    if not layout.parallel:
+        return nn.utils.clip_grad_norm_(model.parameters(), max_norm).expand(layout.heads)
+    norms = []
+    for h in range(layout.local):
+        mine = [g[h] for g in grads]
+        norms.append(nn.utils.get_total_norm(mine))
+        torch._foreach_mul_(mine, (max_norm / (norms[-1] + 1e-6)).clamp(max=1.0))
+    return torch.stack(norms)
+
+
+# ------------------------------------------------------------------------------------------------
+# 9 export and counts
+# ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def merged_state_dict(model):
+    """The merged model under the plain model's names, from the exact master. Collective.
+
+    Loads strictly into the model as it was before convert. What heads learnt since the last merge
+    is not in it: merge first.
+    """
+    layout, tensors = layout_of(model), {}
+    for name, tensor in model.state_dict().items():  # what convert left where it was
+        tensors[name.replace("_orig_mod.", "")] = tensor.detach().clone()
+    for m in model.modules():
+        if isinstance(m, Merged):
+            tensors[m.plain] = m.exact()
+        elif isinstance(m, PerHead):  # whole-number buffers: equal for all heads
+            whole = {n: getattr(m, n) for n in m.names if isinstance(getattr(m, n), torch.Tensor)}
+            tensors |= {m.prefix + name: stacked[0].clone() for name, stacked in whole.items()}
+    return {name: tensors[name] for name in layout.names}
+
+
+def merge_bytes(model, workers=None):
+    """Bytes that leave one of `workers` processes in one merge (default: those running).
+
+    Per row of 64 weights: 256 of delta (all-to-all), and the forward format's (all-gather); each
+    times (P - 1) / P, as all-to-all and a ring all-gather send it.
+    """
+    total = 0
+    for m in merged_tensors(model):
+        P = workers or m.layout.world
+        share = math.ceil(m.numel / BLOCK / P)
+        row = m.master_share()[0].nbytes + m.rows[0].nbytes
+        total += share * (P - 1) * row
+    return total

@@ -1,0 +1,1743 @@
+"""What lte.py promises, as laws to read: one a test, in the order of its sections.
+
+    python -m pytest test_lte.py
+
+Laws hold in float64 to 1e-10, or bit for bit. All sizes differ, so that nothing fits by accident:
+N = 3 heads of rank r = 2, layers 5 -> 7, b = 4 samples a head. The slow, obviously right form of
+the layer is `Twin`: a loop over heads with W + s (B A - B' A') formed. The fast form must equal it.
+
+Tests of several processes fork them from a clean server and let them talk through gloo.
+"""
+
+import copy
+import functools
+import math
+import multiprocessing
+import pickle
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import lte
+
+torch.set_num_threads(1)  # bits are promised for equal thread counts; and forked processes are many
+
+N, R, IN, OUT, B = 3, 2, 5, 7, 4  # B: samples of one head
+ALPHA = 3.0  # s = 1.5
+CLASSES = 3
+
+close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
+same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)  # bit for bit
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def a_test_starts_from_the_same_seed_whatever_ran_before():
+    torch.manual_seed(0)
+
+
+def convert(model, **options):
+    return lte.convert(model, **{"heads": N, "r": R, "lora_alpha": ALPHA} | options)
+
+
+def net(seed=0):
+    """Low-rank layers and copies, in float64: 5 -> 7 -> 3."""
+    torch.manual_seed(seed)
+    layers = nn.Linear(IN, OUT), nn.LayerNorm(OUT), nn.Tanh(), nn.Linear(OUT, CLASSES)
+    return nn.Sequential(*layers).double()
+
+
+def vit(dropout=0.0, dtype=torch.float64):
+    """torchvision's own, very small: patch convolution, class token, attention, LayerNorm, MLP."""
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(
+        image_size=8,
+        patch_size=4,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=12,
+        mlp_dim=20,
+        dropout=dropout,
+        num_classes=10,
+    )
+    nn.init.normal_(model.heads.head.weight, std=0.1)  # torchvision's zeros would hide the rest
+    return model.to(dtype)
+
+
+def learn(model, seed=1, size=0.1):
+    """As if every head had learnt something of its own."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += size * torch.randn(p.shape, generator=g, dtype=p.dtype)
+    return model
+
+
+def seasoned(model, **options):
+    """A converted model in the middle of a round: A', B' are neither zero nor equal to A, B."""
+    model = learn(convert(model, **options))
+    lte.merge(model)
+    return learn(model, seed=2)
+
+
+def batch(heads=N, seed=3, width=IN):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(heads * B, width, generator=g, dtype=torch.float64)
+    return x, torch.randint(CLASSES, (heads * B,), generator=g)
+
+
+def loss(model, x, y):
+    return lte.head_loss(F.cross_entropy(model(x), y, reduction="none"), model)
+
+
+def step(model, optimizer, x, y):
+    optimizer.zero_grad()
+    loss(model, x, y).backward()
+    optimizer.step()
+
+
+def gradients(model, value):
+    model.zero_grad()
+    value.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def snapshot(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def on_processes(world, function, *args):
+    """[function(*args) of every rank]; a rank's exception is raised here with its traceback."""
+    if world == 1:
+        return [function(*args)]
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([__name__])
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            server.Process(target=one_process, args=(folder, rank, world, function, args))
+            for rank in range(world)
+        ]
+        for p in ranks:
+            p.start()
+        for p in ranks:
+            p.join(120)
+        hung = [rank for rank, p in enumerate(ranks) if p.is_alive()]
+        for p in ranks:
+            p.kill()
+            p.join()
+        errors = "\n".join(f.read_text() for f in sorted(Path(folder).glob("*.error")))
+        assert not hung and not errors, f"ranks {hung} hung\n{errors}"
+        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def one_process(folder, rank, world, function, args):
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+        )
+        torch.save(function(*args), f"{folder}/{rank}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        Path(folder, f"{rank}.error").write_text(f"rank {rank}: {traceback.format_exc()}")
+
+
+# ------------------------------------------------------------------------------------------------
+# 1 heads and processes
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_tree_sum_adds_every_term_once(count):
+    assert lte.tree_sum(lambda k: 10**k, 2, count) == sum(10**k for k in range(2, 2 + count))
+
+
+@pytest.mark.parametrize("world, size", [(8, 1), (4, 2), (2, 4), (3, 4), (1, 8)])
+def test_a_power_of_two_block_of_heads_is_a_subtree(world, size):
+    g = torch.Generator().manual_seed(0)
+    terms = torch.randn(world * size, 1000, generator=g)
+    whole = lte.tree_sum(lambda k: terms[k], 0, world * size)
+    by_process = lte.tree_sum(lambda p: lte.tree_sum(lambda k: terms[k], p * size, size), 0, world)
+    same(by_process, whole)
+    assert not torch.equal(whole, sum(terms)), "an order that does not matter tests nothing"
+
+
+def test_a_generator_depends_on_its_key_alone():
+    first = torch.rand(9, generator=lte.generator(0, "layer", 1))
+    torch.manual_seed(5)
+    same(torch.rand(9, generator=lte.generator(0, "layer", 1)), first)
+    for other in ((1, "layer", 1), (0, "layer.", 1), (0, "layer", 11)):
+        assert not torch.equal(torch.rand(9, generator=lte.generator(*other)), first)
+
+
+@pytest.mark.parametrize(
+    "heads, world, parallel, sentence",
+    [
+        (0, 1, True, "heads=0: at least one"),
+        (-2, 1, True, "heads=-2: at least one"),
+        (3, 2, True, "3 heads do not spread over 2 processes.*multiple of 2"),
+        (4, 2, False, r"parallel=False.*but 2 are running"),
+    ],
+)
+def test_heads_that_do_not_fit_the_processes_are_refused(
+    monkeypatch, heads, world, parallel, sentence
+):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: world)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    model = net()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=sentence):
+        convert(model, heads=heads, parallel=parallel)
+    same(snapshot(model), before)
+
+
+def test_head_n_gets_the_nth_chunk_of_the_batch():
+    x, layout = torch.arange(N * B * 2).view(N * B, 2), lte.Layout(N)
+    same(layout.split(x), torch.stack(x.chunk(N)))
+
+
+def test_a_ragged_batch_is_refused_with_the_numbers():
+    model = convert(net())
+    with pytest.raises(ValueError, match="batch of 10 samples does not split over 3 heads"):
+        model(torch.ones(10, IN, dtype=torch.float64))
+
+
+# ------------------------------------------------------------------------------------------------
+# 2 factors
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init, gain", [("orthogonal", IN / R), ("orthogonal_paper", R / IN)])
+def test_the_rows_of_A_are_orthogonal_with_squared_length(init, gain):
+    A = convert(net(), init=init)[0].lora_A.detach()
+    close(A @ A.mT, gain * torch.eye(R, dtype=torch.float64).expand(N, R, R), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "init, bound", [("kaiming", 1 / math.sqrt(64)), ("xavier", math.sqrt(6 / (64 + 16)))]
+)
+def test_the_entries_of_A_are_uniform_up_to_the_bound_of_one_head(init, bound):
+    A = convert(nn.Linear(64, 96), r=16, init=init).lora_A
+    assert 0.98 * bound < A.abs().max() <= bound
+    close(A.std().item(), bound / math.sqrt(3), rtol=0.05)
+
+
+def test_every_head_layer_and_seed_draws_its_own_A():
+    model, other = convert(nn.Sequential(net(), net())), convert(net(), seed=1)
+    A = [*model[0][0].lora_A, *model[1][0].lora_A, *other[0].lora_A]
+    assert all(not torch.equal(a, b) for i, a in enumerate(A) for b in A[:i])
+
+
+def test_A_does_not_depend_on_the_global_generator_nor_moves_it():
+    first, model = convert(net())[0].lora_A, net()
+    torch.manual_seed(7)
+    same(convert(model)[0].lora_A, first)
+    drawn = torch.rand(3)
+    torch.manual_seed(7)
+    same(drawn, torch.rand(3))
+
+
+def random_factors(dtype=torch.float64, shape=(N,)):
+    g = torch.Generator().manual_seed(0)
+    sizes = [(*shape, R, IN), (*shape, OUT, R)] * 2
+    return [torch.randn(s, generator=g, dtype=dtype) for s in sizes]
+
+
+def test_the_update_is_BA_minus_what_is_merged_already():
+    A, B, A0, B0 = random_factors()
+    U, V = lte.factor_update(A, B, A0, B0)
+    assert U.shape == (N, OUT, 2 * R) and V.shape == (N, 2 * R, IN)
+    close(U @ V, B @ A - B0 @ A0)
+
+
+def test_the_update_is_exactly_zero_where_nothing_changed():
+    A, B, _, _ = random_factors(torch.float32)
+    U, V = lte.factor_update(A, B, A.clone(), B.clone())
+    assert not (U @ V).any()
+
+
+def test_the_update_keeps_small_progress_that_the_difference_of_products_loses():
+    A0, B0, dA, dB = random_factors(torch.float32)
+    A, B = A0 + 1e-4 * dA, B0 + 1e-4 * dB
+    exact = B.double() @ A.double() - B0.double() @ A0.double()
+    U, V = lte.factor_update(A, B, A0, B0)
+
+    def error(update):
+        return ((update - exact).norm() / exact.norm()).item()
+
+    assert error(U @ V) < 1e-6 < 1e-4 < error(B @ A - B0 @ A0)
+
+
+# ------------------------------------------------------------------------------------------------
+# 3 merged tensors
+# ------------------------------------------------------------------------------------------------
+
+QUANTIZED = ("int8", "nf4", "fp4")
+AWKWARD = [(1,), (3, 1), (7, 13), (10, 384), (64,), (5, 65)]  # against rows of 64 and shares of P
+
+
+def some_rows(rows=6):
+    return torch.randn(rows, 64, generator=torch.Generator().manual_seed(0)) / 20
+
+
+@pytest.mark.parametrize(
+    "base, nbytes", [("fp32", 256), ("bf16", 128), ("int8", 68), ("nf4", 36), ("fp4", 36)]
+)
+def test_a_row_of_64_weights_has_its_size(base, nbytes):
+    assert lte.encode(some_rows(), base)[0].nbytes == nbytes
+
+
+@pytest.mark.parametrize("base", QUANTIZED)
+def test_a_row_is_what_bitsandbytes_makes_of_it(base):
+    x = some_rows()
+    if base == "int8":
+        expected = bnb.dequantize_blockwise(*bnb.quantize_blockwise(x, blocksize=64))
+    else:
+        expected = bnb.dequantize_4bit(*bnb.quantize_4bit(x, blocksize=64, quant_type=base))
+    same(lte.decode(lte.encode(x, base), base, torch.float32), expected)
+
+
+@pytest.mark.parametrize(
+    "base, error", [("fp32", 0), ("bf16", 2**-8), ("int8", 0.02), ("nf4", 0.16), ("fp4", 0.17)]
+)
+def test_rounding_stays_within_half_a_step_of_the_rows_largest_weight(base, error):
+    x = some_rows()
+    x[2] *= 1e-3  # a row has its own scale
+    wrong = (lte.decode(lte.encode(x, base), base, torch.float32) - x).abs()
+    assert (wrong.amax(1) / x.abs().amax(1)).max() <= error
+
+
+@pytest.mark.parametrize("base", lte.BASES)
+def test_a_row_of_zeros_stays_zero_and_harms_no_other(base):
+    x = some_rows()
+    alone = lte.decode(lte.encode(x[1:], base), base, torch.float32)
+    x[0] = 0
+    decoded = lte.decode(lte.encode(x, base), base, torch.float32)
+    assert not decoded[0].any()
+    same(decoded[1:], alone)
+
+
+@pytest.mark.parametrize("base", lte.BASES)
+@pytest.mark.parametrize("shape", AWKWARD)
+def test_shares_of_the_processes_encode_to_the_rows_of_the_whole(base, shape):
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    alone = lte.Merged(tensor, lte.Layout(1), base)
+    for world in (2, 3, 4):
+        layout, shares = lte.Layout(world), []
+        for rank in range(world):
+            layout.world, layout.rank = world, rank
+            merged = lte.Merged(tensor, layout, base)
+            same(merged.dense(), alone.dense())
+            shares.append(lte.encode(merged.master_share(), base))
+        rows = torch.cat(shares)
+        same(rows, merged.rows)
+        same(rows[: len(alone.rows)], alone.rows)
+
+
+@pytest.mark.parametrize("base", lte.BASES)
+def test_the_forward_copy_is_always_the_rounding_of_the_master(base):
+    layer = convert(nn.Linear(24, 17), base=base)
+    for seed in range(3):
+        learn(layer, seed)
+        lte.merge(layer)
+        exact = lte.merged_state_dict(layer)["weight"]
+        same(layer.rows, lte.encode(layer.to_rows(exact), base))
+
+
+def arrived(start, end, sent):
+    """The part of `sent` that is in end - start."""
+    return ((end - start).flatten() @ sent.flatten() / sent.norm() ** 2).item()
+
+
+@pytest.mark.parametrize("base", lte.BASES)
+def test_a_hundred_tiny_merges_all_arrive(base):
+    layer = convert(nn.Linear(24, 17), base=base)
+    W, tiny = layer.exact().clone(), 1e-3 * layer.weight.std()
+    B = torch.randn(layer.lora_B.shape, generator=torch.Generator().manual_seed(0))
+    B *= tiny / (layer.scaling * (B @ layer.lora_A).mean(0)).std()  # the merged step has std tiny
+    step = layer.scaling * (B @ layer.lora_A.detach()).mean(0)
+    for _ in range(100):
+        layer.lora_B.data += B
+        lte.merge(layer)
+    assert 0.99 < arrived(W, lte.merged_state_dict(layer)["weight"], 100 * step) < 1.01
+    forward = arrived(W, layer.weight, 100 * step)  # within the rounding of W
+    assert abs(forward - 1) < {"nf4": 0.5, "fp4": 0.8}.get(base, 0.05), forward
+
+
+def test_without_a_master_four_bits_swallow_them():
+    x = some_rows()
+    rows, delta = lte.encode(x, "nf4"), 1e-3 * x.std() * torch.sign(some_rows().flip(0))
+    for _ in range(100):
+        rows = lte.encode(lte.decode(rows, "nf4", torch.float32) + delta, "nf4")
+    start = lte.decode(lte.encode(x, "nf4"), "nf4", torch.float32)
+    assert arrived(start, lte.decode(rows, "nf4", torch.float32), 100 * delta) < 0.1
+
+
+@pytest.mark.parametrize("base", QUANTIZED)
+def test_missing_bitsandbytes_is_one_sentence_before_any_change(monkeypatch, base):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    model = net()
+    with pytest.raises(ImportError, match="pip install bitsandbytes"):
+        convert(model, base=base)
+    assert type(model[0]) is nn.Linear
+    convert(model, base="bf16")
+
+
+@needs_gpu
+@pytest.mark.parametrize("base", lte.BASES)
+def test_rows_written_on_the_gpu_decode_to_what_the_cpu_reads(base):
+    rows = lte.encode(some_rows().cuda(), base)
+    there = lte.decode(rows, base, torch.float32)
+    close(there.cpu(), lte.decode(rows.cpu(), base, torch.float32), rtol=1e-6, atol=1e-7)
+    step = {"fp32": 0, "bf16": 2**-8, "int8": 0.02}.get(base, 0.17)
+    assert (there.cpu() - some_rows()).abs().max() <= step * some_rows().abs().max()
+
+
+# ------------------------------------------------------------------------------------------------
+# 4 the low-rank layer
+# ------------------------------------------------------------------------------------------------
+
+
+class Twin:
+    """The layer as the paper writes it: every head's matrix formed, one head after the other."""
+
+    def __init__(self, layer):
+        def leaf(t):
+            return None if t is None else t.detach().clone().requires_grad_()
+
+        self.A, self.B, self.bias = leaf(layer.lora_A), leaf(layer.lora_B), leaf(layer.bias)
+        self.W, self.s, self.parallel = layer.weight.clone(), layer.scaling, layer.layout.parallel
+        self.A0, self.B0 = self.A.detach().clone(), torch.zeros_like(self.B)
+
+    def parameters(self):
+        return [p for p in (self.A, self.B, self.bias) if p is not None]
+
+    def update(self, n):
+        return self.s * (self.B[n] @ self.A[n] - self.B0[n] @ self.A0[n])
+
+    def __call__(self, x):
+        heads = range(len(self.A))
+        if self.parallel:
+            y = [x_n @ (self.W + self.update(n)).T for n, x_n in enumerate(x.chunk(len(heads)))]
+            if self.bias is not None:
+                y = [y_n + b_n for y_n, b_n in zip(y, self.bias, strict=True)]
+            return torch.cat(y)
+        y = x @ (self.W + sum(self.update(n) for n in heads) / len(heads)).T
+        return y if self.bias is None else y + sum(self.bias) / len(heads)
+
+    @torch.no_grad()
+    def merge(self):
+        self.W += sum(self.update(n) for n in range(len(self.A))) / len(self.A)
+        self.A0, self.B0 = self.A.clone(), self.B.clone()
+        if self.bias is not None:
+            self.bias[:] = self.bias.mean(0)
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("r", [R, 50])
+@pytest.mark.parametrize("shape", [(N,), (N * 2,), (N * B,), (N * B, 6), (N * B, 2, 3)])
+def test_the_layer_equals_its_twin_in_value_and_gradients_through_merges(parallel, bias, r, shape):
+    layer = convert(nn.Linear(IN, OUT, bias).double(), r=r, parallel=parallel)
+    twin = Twin(layer)
+    ours = [p for p in (layer.lora_A, layer.lora_B, layer.bias) if p is not None]
+    for round_ in range(3):
+        for p, q in zip(ours, twin.parameters(), strict=True):
+            p.data += 0.3 * torch.randn(p.shape, dtype=torch.float64)
+            q.data.copy_(p)
+        x = torch.randn(*shape, IN, dtype=torch.float64, requires_grad=True)
+        y, expected = layer(x), twin(x)
+        close(y, expected)
+        close(
+            torch.autograd.grad(y.tanh().square().sum(), [x, *ours]),
+            torch.autograd.grad(expected.tanh().square().sum(), [x, *twin.parameters()]),
+        )
+        lte.merge(layer)
+        twin.merge()
+        close(layer.weight, twin.W)
+        assert round_ or not torch.equal(layer.merged_B, torch.zeros_like(layer.merged_B))
+
+
+@pytest.mark.parametrize("tokens, form", [(2, "textbook"), (B, "formed")])
+def test_the_form_with_fewer_multiply_adds_is_used(monkeypatch, tokens, form):
+    used = []
+    textbook, formed = lte.textbook_product, lte.FormedProduct.apply
+    monkeypatch.setattr(lte, "textbook_product", lambda *a: used.append("textbook") or textbook(*a))
+    monkeypatch.setattr(lte.FormedProduct, "apply", lambda *a: used.append("formed") or formed(*a))
+    convert(nn.Linear(IN, OUT).double())(torch.ones(N * tokens, IN).double())
+    assert used == [form]  # o i / (o + i) = 2.9 tokens of one head
+
+
+@pytest.mark.parametrize("samples", [1, B])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_the_layers_derivatives_are_those_of_its_values(parallel, samples):
+    layer = seasoned(nn.Linear(IN, OUT).double(), parallel=parallel)
+    names = ("lora_A", "lora_B", "bias_copies.heads")
+
+    def value(x, *parameters):
+        state = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(layer, state, x).sin()
+
+    parameters = [layer.get_parameter(n).detach().requires_grad_() for n in names]
+    x = batch()[0][: N * samples].requires_grad_()
+    assert torch.autograd.gradcheck(value, (x, *parameters))
+
+
+def test_a_head_reads_and_answers_only_its_slice_of_the_batch():
+    layer = seasoned(nn.Linear(IN, OUT).double())
+    x, _ = batch()
+    for n in range(N):
+        moved = x.clone()
+        moved[n * B : (n + 1) * B] += 1
+        changed = (layer(moved) != layer(x)).all(1)
+        assert changed.tolist() == [k == n for k in range(N) for _ in range(B)]
+        layer.zero_grad()
+        layer(x)[n * B : (n + 1) * B].tanh().sum().backward()
+        assert [g.any().item() for g in layer.lora_B.grad] == [k == n for k in range(N)]
+
+
+def test_the_scaling_is_alpha_over_r_as_given_where_r_is_cut():
+    layer = convert(nn.Linear(IN, OUT), r=20, lora_alpha=40.0)
+    assert (layer.r, layer.scaling) == (min(IN, OUT), 2.0)
+    assert layer.lora_A.shape == (N, IN, IN) and layer.lora_B.shape == (N, OUT, IN)
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_B_starts_at_zero_and_at_least_one_factor_learns_at_once(parallel):
+    layer = convert(nn.Linear(IN, OUT).double(), parallel=parallel)
+    assert not layer.lora_B.any() and layer.lora_A.all()
+    layer(batch()[0]).tanh().sum().backward()
+    assert all(g.all() for g in layer.lora_B.grad)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 5])
+def test_multi_head_lora_is_the_mean_over_heads(heads):
+    layer = convert(nn.Linear(IN, OUT).double(), heads=heads, parallel=False)
+    learn(layer)
+    (x, _), W = batch(), layer.weight
+    mean = sum(ALPHA / R * B @ A for A, B in zip(layer.lora_A, layer.lora_B, strict=True)) / heads
+    close(layer(x), x @ (W + mean).T + layer.bias.mean(0))
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_in_eval_the_merged_model_answers_a_batch_of_any_size(parallel):
+    model = seasoned(net(), parallel=parallel).eval()
+    plain, (x, _) = net(), batch()
+    plain.load_state_dict(lte.merged_state_dict(model))
+    for size in (1, 2, 10):
+        close(model(x[:size]), plain(x[:size]))
+
+
+@pytest.mark.parametrize("base", ["fp32", "bf16", "nf4"])
+def test_W_is_frozen(base):
+    layer = seasoned(nn.Linear(IN, OUT), base=base)
+    before = layer.rows.clone()
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1, weight_decay=0.1)
+    layer(torch.ones(N * B, IN)).sum().backward()
+    optimizer.step()
+    same(layer.rows, before)
+    assert not layer.weight.requires_grad
+    assert sorted(n for n, _ in layer.named_parameters()) == [
+        "bias_copies.heads",
+        "lora_A",
+        "lora_B",
+    ]
+
+
+def test_the_number_of_parameters_does_not_depend_on_the_base():
+    counts = {
+        sum(p.numel() for p in convert(vit(), base=b, bare="heads").parameters()) for b in lte.BASES
+    }
+    assert len(counts) == 1
+
+
+@pytest.mark.parametrize("samples", [1, B])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_bf16_autocast_computes_like_full_precision_with_full_gradients(parallel, samples):
+    layer = seasoned(nn.Linear(IN, OUT), parallel=parallel)
+    x = batch()[0][: N * samples].float()
+    expected = layer(x)
+    exact = gradients(layer, expected.tanh().sum())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        close(layer.eval()(x).float(), layer(x).float())
+    close(y.float(), expected, rtol=0.02, atol=0.03)
+    rough = gradients(layer, y.float().tanh().sum())
+    for name, g in rough.items():
+        assert g.dtype == torch.float32
+        assert (g - exact[name]).norm() < 0.03 * exact[name].norm()
+
+
+@pytest.mark.parametrize("samples", [1, B])
+@pytest.mark.parametrize("training", [True, False])
+def test_under_autocast_the_output_has_the_type_of_a_plain_linear_layers(samples, training):
+    layer = seasoned(nn.Linear(IN, OUT)).train(training)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.ones(N * samples, IN)).dtype == torch.bfloat16
+
+
+def test_under_autocast_the_weight_is_formed_in_full_precision_and_rounded_once():
+    layer = seasoned(nn.Linear(64, 48, bias=False))
+    with torch.autocast("cpu", torch.bfloat16):
+        formed = layer(torch.eye(64).repeat(N, 1)).unflatten(0, (N, 64)).mT
+    exact = torch.stack([layer.weight + layer.delta(n) for n in range(N)])
+    assert ((formed.float() - exact).abs() <= 1.001 * 2**-8 * exact.abs()).all()
+
+
+def test_the_weight_is_formed_in_full_precision_even_where_backward_runs_inside_autocast():
+    layer, x = seasoned(nn.Linear(64, 48)), torch.randn(N * 40, 64, requires_grad=True)
+    layer.lora_B.data *= 1e-3  # an update that bf16 would lose
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x).float().tanh().sum()
+        inside = torch.autograd.grad(y, x, retain_graph=True)[0]
+    same(inside, torch.autograd.grad(y, x)[0])
+
+
+def test_a_model_cast_to_double_after_convert_computes_in_double():
+    for base in lte.BASES:
+        layer = seasoned(nn.Linear(IN, OUT), base=base).double()
+        twin = Twin(layer)
+        twin.A0, twin.B0 = layer.merged_A, layer.merged_B
+        close(layer(batch()[0]), twin(batch()[0]))
+        lte.merge(layer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("base", ["fp32", "nf4"])
+def test_a_model_cast_to_half_after_convert_is_refused(dtype, base):
+    layer = convert(nn.Linear(IN, OUT), base=base).to(dtype)
+    for samples in (1, B):
+        with pytest.raises(TypeError, match=f"cast to {dtype}.*torch.autocast"):
+            layer(torch.ones(N * samples, IN, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_model_is_refused_by_name(dtype):
+    model = net().to(dtype)
+    with pytest.raises(TypeError, match=f"0.weight is {dtype}.*autocast"):
+        convert(model)
+    assert type(model[0]) is nn.Linear
+
+
+def test_the_layer_can_be_built_alone():
+    layer = lte.MultiheadLoRALinear(IN, OUT, heads=N, r=R, lora_alpha=ALPHA).double()
+    learn(layer)
+    twin = Twin(layer)
+    twin.A0 = layer.merged_A
+    close(layer(batch()[0]), twin(batch()[0]))
+
+
+@needs_gpu
+@pytest.mark.parametrize("base", lte.BASES)
+@pytest.mark.parametrize("parallel", [True, False])
+def test_the_layer_computes_and_merges_on_the_gpu_as_on_the_cpu(base, parallel):
+    here = seasoned(nn.Linear(24, 17), base=base, parallel=parallel)
+    there, x = copy.deepcopy(here).cuda(), torch.randn(N * B, 24)
+    for _ in range(2):
+        close(there(x.cuda()).cpu(), here(x), rtol=1e-3, atol=1e-3)
+        lte.merge(there)
+        lte.merge(here)
+        ours, theirs = lte.merged_state_dict(here), lte.merged_state_dict(there)
+        close(theirs["weight"].cpu(), ours["weight"], rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------
+# 5 what else heads own
+# ------------------------------------------------------------------------------------------------
+
+image = torch.randn(N * B, 2, 9, 6, generator=torch.Generator().manual_seed(0)).double()
+COPIED = {
+    "LayerNorm": (lambda: nn.LayerNorm(6), image),
+    "Embedding": (lambda: nn.Embedding(11, 6), torch.arange(N * B * 2).view(N * B, 2) % 11),
+    "Conv2d": (lambda: nn.Conv2d(2, 4, 3, padding=1), image),
+    "BatchNorm2d": (lambda: nn.BatchNorm2d(2), image),
+    "PReLU": (lambda: nn.PReLU(), image),
+}
+
+
+def run_heads_in_a_loop(plain, copies, x):
+    """A deep copy of the module a head, each on its own chunk."""
+    heads = [copy.deepcopy(plain) for _ in range(N)]
+    for n, head in enumerate(heads):
+        for name, p in head.named_parameters():
+            p.data.copy_(getattr(copies, name).heads[n])
+    return heads, torch.cat([head(c) for head, c in zip(heads, x.chunk(N), strict=True)])
+
+
+@pytest.mark.parametrize("kind", COPIED)
+def test_a_copied_module_equals_a_loop_over_its_heads(kind):
+    make, x = COPIED[kind]
+    torch.manual_seed(0)
+    plain = make().double()
+    copies = learn(convert(copy.deepcopy(plain), r=None))
+    heads, expected = run_heads_in_a_loop(plain, copies, x)
+    y = copies(x)
+    close(y, expected)
+    y.tanh().square().sum().backward()
+    expected.tanh().square().sum().backward()
+    for name, _ in plain.named_parameters():
+        grads = torch.stack([head.get_parameter(name).grad for head in heads])
+        close(getattr(copies, name).heads.grad, grads)
+    for name, buffer in plain.named_buffers():
+        moved = torch.stack([head.get_buffer(name) for head in heads])
+        ours = getattr(copies, name)
+        close(ours.heads if buffer.is_floating_point() else ours, moved)
+
+
+class Scaled(nn.Linear):
+    """A layer of the user's own, which is copied; not every argument of it is a tensor."""
+
+    def forward(self, x, scale=1.0, shift=None):
+        y = scale * super().forward(x)
+        return y if shift is None else (y, shift)
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_copied_modules_arguments_and_results_may_be_of_any_kind(parallel):
+    plain, (x, _) = Scaled(IN, OUT).double(), batch()
+    copies = convert(copy.deepcopy(plain), r=None, parallel=parallel)
+    close(copies(x, 2.0, shift=None), plain(x, 2.0))
+    y, shift = copies(x, scale=3.0, shift=x)
+    close(y, plain(x, 3.0))
+    same(shift, x)
+
+
+def test_a_merge_averages_parameters_and_float_buffers_and_keeps_the_counter():
+    copies = learn(convert(nn.BatchNorm2d(2).double(), r=None))
+    for _ in range(5):
+        copies(image)
+    means = {name: getattr(copies, name).heads.mean(0) for name in copies.names[:4]}
+    lte.merge(copies)
+    merged = lte.merged_state_dict(copies)
+    assert merged.pop("num_batches_tracked").item() == 5
+    close(merged, means)
+    for name in means:
+        same(getattr(copies, name).heads, merged[name].expand(N, *merged[name].shape))
+
+
+@pytest.mark.parametrize("kind", COPIED)
+def test_multi_head_lora_runs_a_copied_module_once_with_the_mean_of_the_copies(kind):
+    make, x = COPIED[kind]
+    torch.manual_seed(0)
+    plain = make().double()
+    copies = learn(convert(copy.deepcopy(plain), r=None, parallel=False))
+    for name, p in plain.named_parameters():
+        p.data.copy_(getattr(copies, name).heads.mean(0))
+    for _ in range(2):
+        close(copies(x), plain(x))
+    lte.merge(copies)
+    close(lte.merged_state_dict(copies), dict(plain.state_dict()))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kernel", [2, 4, (3, 2), 1])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_patch_convolution_is_a_linear_layer_on_the_patches(channels, kernel, bias):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, OUT, kernel, stride=kernel, bias=bias).double()
+    ours = convert(copy.deepcopy(conv))
+    assert isinstance(ours, lte.PatchConv)
+    learn(ours)
+    lte.merge(ours)
+    conv.load_state_dict(lte.merged_state_dict(ours))
+    x = torch.randn(2 * N, channels, 9, 14, dtype=torch.float64, requires_grad=True)
+    y, expected = ours(x), conv(x)  # a batch of 9 x 14 fills no whole patches
+    close(y, expected)
+    close(ours.eval()(x[:1]), expected[:1])
+    close(*(torch.autograd.grad(z.sin().sum(), x)[0] for z in (y, expected)))
+
+
+def test_a_patch_convolutions_heads_learn_the_gradient_of_its_kernel():
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, OUT, (3, 2), stride=(3, 2)).double()
+    ours = convert(copy.deepcopy(conv))
+    ours(image).sin().sum().backward()
+    for n, x in enumerate(image.chunk(N)):
+        conv.zero_grad()
+        conv(x).sin().sum().backward()
+        G = conv.weight.grad.flatten(1)  # dL/dB = s G A'
+        close(ours.lora_B.grad[n], ours.scaling * G @ ours.lora_A[n].T)
+        close(ours.bias.grad[n], conv.bias.grad)
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(2, 4, 3),
+        nn.Conv2d(2, 4, 2, stride=2, padding=1),
+        nn.Conv2d(2, 4, 2, stride=2, dilation=2),
+        nn.Conv2d(2, 4, 2, stride=2, groups=2),
+    ],
+)
+def test_other_convolutions_are_copied(conv):
+    plain = copy.deepcopy(conv).double()
+    model = convert(nn.Sequential(conv.double(), nn.Conv2d(4, 3, 1).double()))
+    close(model[0](image), plain(image))
+    assert isinstance(model[0], lte.PerHead)
+
+
+WIDTH, TOKENS, MEMORY = 6, 5, 7
+
+
+def attention_masks():
+    """name -> mask arguments, as nn.MultiheadAttention takes them; query 5 tokens, memory 7."""
+    g = torch.Generator().manual_seed(0)
+    late = torch.triu(torch.ones(TOKENS, MEMORY, dtype=torch.bool), 3)
+    added = torch.randn(TOKENS, MEMORY, generator=g).double()
+    pad = torch.zeros(N * B, MEMORY, dtype=torch.bool)
+    pad[:, 5:], pad[0] = torch.rand(N * B, 2, generator=g) < 0.5, torch.arange(MEMORY) > 2
+    each = torch.rand(N * B * 2, TOKENS, MEMORY, generator=g) < 0.3
+    each[..., 0] = False
+    return {
+        "none": {},
+        "bool": {"attn_mask": late},
+        "float": {"attn_mask": added},
+        "per head": {"attn_mask": each},
+        "padding": {"key_padding_mask": pad},
+        "float padding": {"key_padding_mask": torch.zeros_like(pad).double() - pad.double()},
+        "both": {"attn_mask": late, "key_padding_mask": pad},
+        "added and padding": {
+            "attn_mask": added,
+            "key_padding_mask": torch.zeros_like(added[0]).masked_fill(pad, -math.inf),
+        },
+    }
+
+
+def attention(batch_first=True, **options):
+    torch.manual_seed(0)
+    plain = nn.MultiheadAttention(WIDTH, 2, batch_first=batch_first, **options).double()
+    for name, p in plain.named_parameters():  # torch starts biases at zero
+        if name.endswith("bias"):
+            nn.init.normal_(p)
+    return plain
+
+
+def tokens(length, width=WIDTH, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(N * B, length, width, generator=g).double()
+
+
+@pytest.mark.parametrize(
+    "weights", [dict(need_weights=False), {}, dict(average_attn_weights=False)]
+)
+@pytest.mark.parametrize("mask", attention_masks())
+def test_attention_with_any_mask_equals_pytorchs(weights, mask):
+    plain = attention()
+    ours = convert(copy.deepcopy(plain))
+    query, memory = tokens(TOKENS), tokens(MEMORY, seed=1)
+    arguments = (query, memory, memory)
+    options = attention_masks()[mask] | weights
+    for _ in range(2):
+        y, w = ours(*arguments, **options)
+        expected, expected_w = plain(*arguments, **options)
+        close(y, expected)
+        close(w, expected_w) if weights != dict(need_weights=False) else None
+        ours.eval(), plain.eval()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kdim, vdim", [(None, None), (3, 4)])
+@pytest.mark.parametrize("inputs", ["same", "memory", "three"])
+def test_attention_after_merges_equals_pytorchs_with_the_export(bias, kdim, vdim, inputs):
+    plain = attention(bias=bias, kdim=kdim, vdim=vdim)
+    ours = learn(convert(copy.deepcopy(plain)))
+    lte.merge(ours)
+    plain.load_state_dict(lte.merged_state_dict(ours))
+    query = tokens(MEMORY)
+    key, value = tokens(MEMORY, kdim or WIDTH, 1), tokens(MEMORY, vdim or WIDTH, 2)
+    if kdim is None:
+        key, value = {"same": (query, query), "memory": (key, key), "three": (key, value)}[inputs]
+    close(ours(query, key, value), plain(query, key, value))
+    close(ours.eval()(query, key, value), plain.eval()(query, key, value))
+
+
+@pytest.mark.parametrize("kdim", [None, 3])
+def test_every_parameter_of_attention_has_an_owner_that_learns(kdim):
+    plain = attention(kdim=kdim)
+    sizes = {name: p.numel() for name, p in plain.named_parameters()}
+    ours = convert(plain)
+    owners = lte.census(ours)
+    assert owners["low-rank"] | owners["copies"] == sizes and not owners["frozen"]
+    learn(ours)
+    ours(tokens(5), tokens(5, kdim or WIDTH), tokens(5))[0].tanh().square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in ours.parameters())
+
+
+def test_attention_over_one_unbatched_sequence_is_refused():
+    x = tokens(5)[0]
+    with pytest.raises(ValueError, match="2-d input: heads need a batch"):
+        convert(attention())(x, x, x)
+
+
+@pytest.mark.parametrize(
+    "options, remedy",
+    [
+        (dict(dropout=0.1), "name it in skip"),
+        (dict(add_bias_kv=True), "name it in skip"),
+        (dict(add_zero_attn=True), "name it in skip"),
+        (dict(batch_first=False), "build the model with batch_first=True"),  # heads split the batch
+    ],
+)
+def test_attention_that_cannot_be_converted_is_refused_by_name(options, remedy):
+    model = nn.Sequential(nn.Linear(2, 2), nn.ModuleDict({"attend": attention(**options)}))
+    with pytest.raises(ValueError, match=f"1.attend: attention with .* {remedy}"):
+        convert(model)
+    convert(model, skip=["1.attend"])
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_pytorchs_transformer_encoder_converts(norm_first):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(
+        WIDTH, 2, 10, dropout=0.0, batch_first=True, norm_first=norm_first
+    )
+    plain = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double()
+    ours = convert(copy.deepcopy(plain))
+    padding = torch.arange(5).expand(N * B, 5) >= 4
+    for training in (True, False):
+        for options in ({}, {"src_key_padding_mask": padding}):
+            with torch.set_grad_enabled(training):
+                y, expected = (m.train(training)(tokens(5), **options) for m in (ours, plain))
+            close(y[:, :4], expected[:, :4])
+
+
+def test_torchvisions_vision_transformer_keeps_its_logits_and_returns():
+    plain, x = vit(), torch.randn(N * B, 3, 8, 8).double()
+    expected = plain.state_dict()
+    model = convert(vit(), bare="heads")
+    close(model(x), plain(x))
+    learn(model)
+    lte.merge(model)
+    exported = lte.merged_state_dict(model)
+    assert list(exported) == list(expected)
+    plain.load_state_dict(exported)
+    close(model(x), plain(x))
+    close(model.eval()(x[:5]), plain.eval()(x[:5]))
+
+
+def test_every_parameter_of_a_vision_transformer_learns():
+    model = learn(convert(vit(), bare="heads"))
+    x = torch.randn(N * B, 3, 8, 8).double()
+    F.cross_entropy(model(x), torch.arange(N * B) % 10, reduction="sum").backward()
+    still = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not still
+
+
+def dropped(heads, calls=2, **options):
+    model = convert(nn.Sequential(nn.Dropout(0.3), nn.Linear(2, 2)), heads=heads, **options)
+    return [model[0](torch.ones(heads * B, 50)) for _ in range(calls)]
+
+
+def test_dropout_masks_differ_between_heads_calls_layers_and_seeds():
+    masks = [m for y in dropped(N) for m in y.chunk(N)] + [*dropped(N, 1, seed=1)[0].chunk(N)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(masks) for b in masks[:i])
+
+
+def test_dropout_is_reproducible_and_keeps_the_mean():
+    torch.manual_seed(1)
+    y = torch.stack(dropped(N, 50))
+    torch.manual_seed(2)
+    same(torch.stack(dropped(N, 50)), y)
+    close(y.unique(), torch.tensor([0, 1 / 0.7]), rtol=1e-6)
+    close(y.mean().item(), 1.0, rtol=0.02)
+
+
+def test_a_heads_dropout_mask_does_not_depend_on_the_number_of_heads():
+    same(dropped(2)[1], dropped(N)[1][: 2 * B])
+
+
+def test_dropout_in_eval_does_nothing_and_its_gradient_follows_the_mask():
+    model = convert(nn.Sequential(nn.Dropout(0.3), nn.Linear(5, 2)))
+    x = torch.ones(N * B, 50, requires_grad=True)
+    same(model.eval()[0](x), x)
+    y = model.train()[0](x)
+    y.sum().backward()
+    same(x.grad, y.detach())
+
+
+def test_one_dropout_used_twice_is_replaced_in_both_places():
+    drop = nn.Dropout(0.3)
+    model = convert(nn.Sequential(drop, nn.Linear(5, 5), drop))
+    assert isinstance(model[0], lte.HeadDropout) and isinstance(model[2], lte.HeadDropout)
+
+
+@pytest.mark.parametrize("kind", [nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout])
+def test_other_dropout_is_refused(kind):
+    with pytest.raises(ValueError, match="1: .*Dropout.* draws from the process's generator"):
+        convert(nn.Sequential(nn.Linear(2, 2), kind(0.1)))
+
+
+class Token(nn.Module):
+    """A class token of its own before a layer, as in many a ViT."""
+
+    def __init__(self, rows=1):
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(rows, 1, IN))
+        self.layer = nn.Linear(IN, OUT)
+
+    def forward(self, x):
+        return self.layer(torch.cat([self.token.expand(len(x), -1, -1), x[:, None]], 1))
+
+
+def test_each_head_has_its_own_class_token():
+    model = convert(Token().double(), bare="heads")
+    heads, (x, _) = model.lte_copies["token"].heads, batch()
+    before = model(x)
+    heads.data[1] += 1
+    changed = (model(x) != before).any(-1).any(-1)
+    assert changed.tolist() == [n == 1 for n in range(N) for _ in range(B)]
+    model(x)[:B].sum().backward()
+    assert [g.any().item() for g in heads.grad] == [True, False, False]
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_the_class_token_is_averaged_and_in_eval_the_merged_one_is_used(parallel):
+    plain, model = Token().double(), convert(Token().double(), bare="heads", parallel=parallel)
+    learn(model)
+    mean = model.lte_copies["token"].heads.mean(0)
+    lte.merge(model)
+    plain.load_state_dict(lte.merged_state_dict(model))
+    close(plain.token, mean)
+    close(model(batch()[0]), plain(batch()[0]))
+    close(model.eval()(batch()[0][:5]), plain(batch()[0][:5]))
+    assert not hasattr(model, "token"), "the token is only lent during a call"
+
+
+def test_bare_parameters_are_refused_frozen_or_copied_as_asked():
+    with pytest.raises(ValueError, match=r"token \(1, 1, 5\) belongs to no leaf.*bare='freeze'"):
+        convert(Token())
+    frozen = convert(Token(), bare="freeze")
+    assert [n for n, p in frozen.named_parameters() if not p.requires_grad] == ["token"]
+    assert lte.census(frozen)["frozen"] == {"token": IN}
+    assert lte.census(convert(Token(), bare="heads"))["copies"]["token"] == IN
+    with pytest.raises(ValueError, match=r"token \(2, 1, 5\): bare='heads' needs shape \(1, ...\)"):
+        convert(Token(rows=2), bare="heads")
+
+
+# ------------------------------------------------------------------------------------------------
+# 6 convert
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base", lte.BASES)
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_conversion_changes_nothing_but_the_rounding_of_W(base, parallel, training):
+    plain, (x, _) = net().float().train(training), batch()
+    model = convert(net().float().train(training), base=base, parallel=parallel)
+    error = {"fp32": 0, "bf16": 0.02, "int8": 0.05}.get(base, 0.5)
+    close(model(x.float()), plain(x.float()), rtol=1e-5, atol=1e-6 + error)
+    if base != "fp32":
+        plain[0].weight.data, plain[3].weight.data = model[0].weight, model[3].weight
+        close(model(x.float()), plain(x.float()), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_converted_model_is_in_the_mode_its_plain_one_was_in(training):
+    model = convert(nn.Sequential(vit(0.1), Token()).train(training), bare="heads")
+    assert {m.training for m in model.modules()} == {training}
+
+
+def test_each_parameter_has_one_owner_and_the_counts_add_up():
+    model = nn.Sequential(vit(), nn.Linear(10, 4), nn.BatchNorm1d(4))
+    model[1].requires_grad_(False)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    owners = lte.census(convert(model, bare="heads", skip=["0.encoder.layers.encoder_layer_1"]))
+    everyone = [name for owner in owners.values() for name in owner]
+    assert sorted(everyone) == sorted(sizes) and all(owners.values())
+    assert functools.reduce(lambda a, b: a | b, owners.values()) == sizes
+    assert owners["frozen"].keys() >= {"1.weight", "1.bias"}
+
+
+def test_what_its_author_froze_stays_frozen():
+    model = net()
+    model[1].bias.requires_grad_(False)
+    model[3].weight.requires_grad_(False)
+    model = convert(model)
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), 0.5)
+    step(model, optimizer, *batch())
+    lte.merge(model)
+    merged, start = lte.merged_state_dict(model), net().state_dict()
+    assert [n for n in start if torch.equal(merged[n], start[n])] == ["1.bias", "3.weight"]
+    assert lte.census(model)["frozen"].keys() == {"1.bias", "3.weight"}
+
+
+def test_what_is_skipped_stays_dense_and_frozen():
+    model = convert(net(), skip=["0", "1"])
+    assert type(model[0]) is nn.Linear and type(model[1]) is nn.LayerNorm
+    step(model, torch.optim.SGD(model.parameters(), 0.5), *batch())
+    lte.merge(model)
+    merged, start = lte.merged_state_dict(model), net().state_dict()
+    changed = [name for name in start if not torch.equal(merged[name], start[name])]
+    assert changed == ["3.weight", "3.bias"]
+
+
+@pytest.mark.parametrize("base", lte.BASES)
+def test_pretrained_weights_lead_back_bit_for_bit(base):
+    pretrained = nn.Sequential(vit(dtype=torch.float32), nn.BatchNorm1d(10), nn.Embedding(4, 3))
+    before = snapshot(pretrained)
+    exported = lte.merged_state_dict(convert(pretrained, base=base, bare="heads"))
+    assert list(exported) == list(before)
+    same(exported, before)
+
+
+def test_the_root_may_be_the_only_layer():
+    layer = convert(nn.Linear(IN, OUT))
+    assert isinstance(layer, lte.MultiheadLoRALinear)
+    assert list(lte.merged_state_dict(layer)) == ["weight", "bias"]
+
+
+def tied():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, options, sentence",
+    [
+        (lambda: convert(net()), {}, "converted already"),
+        (tied, {}, "0.weight and 1.weight are one tied parameter"),
+        (lambda: nn.Sequential(nn.LayerNorm(3)), {}, "nothing to convert"),
+        (lambda: nn.Sequential(nn.ReLU()), {}, "nothing to convert"),
+        (net, {"skip": ["0", "3"]}, "nothing to convert"),
+        (net, {"skip": ["7"]}, r"skip names no module: \['7'\]"),
+        (net, {"base": "int4"}, "base='int4' is not known; choose one of fp32, bf16, int8"),
+        (net, {"init": "zeros"}, "init='zeros' is not known; choose one of orthogonal"),
+        (vit, {"bare": "copy"}, "bare='copy' is not known; choose one of error, freeze, heads"),
+        (vit, {}, r"class_token \(1, 1, 12\) belongs to no leaf module"),
+        (net, {"r": 0}, "r=0.*r must be 1 or more"),
+        (net, {"lora_alpha": None}, "lora_alpha=None.*lora_alpha given"),
+        (net, {"heads": 0}, "heads=0: at least one"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_before_any_change(make, options, sentence):
+    model = make()
+    before, modules = snapshot(model), dict(model.named_modules())
+    with pytest.raises(ValueError, match=sentence):
+        convert(model, **options)
+    same(snapshot(model), before)
+    assert dict(model.named_modules()) == modules
+    if make is net:
+        assert all(p.requires_grad for p in model.parameters())
+
+
+# ------------------------------------------------------------------------------------------------
+# 7 merge
+# ------------------------------------------------------------------------------------------------
+
+
+def test_a_merge_adds_the_mean_of_products_not_the_product_of_means():
+    layer = convert(nn.Linear(IN, OUT).double(), heads=4)
+    W = layer.exact()
+    learn(layer, size=1.0)
+    A, B = layer.lora_A.detach(), layer.lora_B.detach()
+    mean = sum(ALPHA / R * b @ a for a, b in zip(A, B, strict=True)) / 4
+    assert (ALPHA / R * B.mean(0) @ A.mean(0) - mean).norm() > 0.5 * mean.norm()
+    lte.merge(layer)
+    close(layer.exact(), W + mean)
+
+
+RESETS = ("none", "B", "AB")
+
+
+@pytest.mark.parametrize("reset", RESETS)
+@pytest.mark.parametrize("base", ["fp32", "nf4"])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_after_a_merge_every_head_computes_the_same_function(reset, base, parallel):
+    model = convert(net(), base=base, parallel=parallel)
+    optimizer, (x, _) = torch.optim.Adam(model.parameters()), batch()
+    for seed in range(2):
+        learn(model, seed)
+        if parallel:
+            outputs = model(x[:B].repeat(N, 1)).chunk(N)
+            assert (outputs[0] - outputs[1]).abs().max() > 1e-2, "heads that agree test nothing"
+        lte.merge(model, optimizer=optimizer, reset=reset)
+        close(model.train()(x), model.eval()(x))
+        model.train()
+
+
+@pytest.mark.parametrize("base", lte.BASES)
+def test_merging_twice_changes_nothing(base):
+    model = seasoned(net().float(), base=base)
+    lte.merge(model)
+    before = snapshot(model)
+    lte.merge(model)
+    same(snapshot(model), before)
+
+
+def test_merges_without_reset_telescope():
+    layer = convert(nn.Linear(IN, OUT).double())
+    W = layer.exact()
+    for seed in range(4):
+        learn(layer, seed)
+        lte.merge(layer)
+    close(layer.exact(), W + layer.scaling * (layer.lora_B @ layer.lora_A).mean(0))
+
+
+@pytest.mark.parametrize("merge_every", [1, 2])
+def test_with_one_head_merging_is_invisible_to_training(merge_every):
+    merging, never = convert(net(), heads=1), convert(net(), heads=1)
+    optimizers = [torch.optim.AdamW(m.parameters(), 0.05) for m in (merging, never)]
+    for k in range(6):
+        x, y = batch(1, seed=k)
+        step(merging, optimizers[0], x, y)
+        step(never, optimizers[1], x, y)
+        if k % merge_every == 0:
+            lte.merge(merging)
+        close(merging(x), never(x), rtol=1e-8)
+
+
+def test_a_rounds_update_has_rank_r_a_head_and_N_r_merged_and_twice_that_later():
+    layer = convert(nn.Linear(19, 23).double())
+    rank = functools.partial(torch.linalg.matrix_rank, rtol=1e-9)
+    W = [layer.exact()]
+    for seed, twice in ((1, 1), (2, 2)):
+        learn(layer, seed)
+        assert [rank(layer.delta(n)).item() for n in range(N)] == [twice * R] * N
+        lte.merge(layer)
+        W.append(layer.exact())
+        assert rank(W[-1] - W[-2]) == twice * N * R
+    assert rank(W[2] - W[0]) == N * R, "without reset the total telescopes"
+
+
+@pytest.mark.parametrize("reset", ["B", "AB"])
+def test_with_reset_every_round_adds_its_own_rank(reset):
+    layer = convert(nn.Linear(19, 23).double())
+    optimizer, W = torch.optim.SGD(layer.parameters()), layer.exact()
+    for seed in (1, 2):
+        learn(layer, seed)
+        lte.merge(layer, optimizer=optimizer, reset=reset)
+    assert torch.linalg.matrix_rank(layer.exact() - W, rtol=1e-9) == 2 * N * R
+
+
+@pytest.mark.parametrize("adam", [True, False])
+def test_merging_every_step_on_the_same_batch_is_multi_head_lora(adam):
+    one, many = convert(net(), parallel=False), convert(net())
+    if adam:
+        rates = 0.01, 0.01
+        make = functools.partial(torch.optim.Adam, eps=1e-30)
+    else:  # the gradient of one head is 1 / N in multi-head LoRA
+        rates, make = (N * 0.05, 0.05), torch.optim.SGD
+    optimizers = [make(m.parameters(), lr) for m, lr in zip((one, many), rates, strict=True)]
+    for k in range(5):
+        x, y = batch(1, seed=k)
+        step(one, optimizers[0], x, y)
+        step(many, optimizers[1], x.repeat(N, 1), y.repeat(N))
+        lte.merge(many)
+        merged = copy.deepcopy(one)
+        lte.merge(merged)
+        close(lte.merged_state_dict(many), lte.merged_state_dict(merged), rtol=1e-7, atol=1e-9)
+
+
+def local_sgd(model, batches, rate, rounds):
+    """N dense copies, T steps alone on their chunks, then averaged."""
+    for steps in rounds:
+        heads = [copy.deepcopy(model) for _ in range(N)]
+        for x, y in (next(batches) for _ in range(steps)):
+            for head, x_n, y_n in zip(heads, x.chunk(N), y.chunk(N), strict=True):
+                head.zero_grad()
+                F.cross_entropy(head(x_n), y_n).backward()
+                for p in head.parameters():
+                    p.data -= rate * p.grad
+        states = [head.state_dict() for head in heads]
+        model.load_state_dict({k: sum(s[k] for s in states) / N for k in states[0]})
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("how", ["A = I", "r = None"])
+@pytest.mark.parametrize("T", [1, 3])
+def test_with_A_the_identity_or_no_factors_it_is_local_sgd(how, T):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(IN, OUT), nn.Tanh(), nn.LayerNorm(OUT)).double()
+    r = IN if how == "A = I" else None
+    model = convert(copy.deepcopy(plain), r=r, lora_alpha=IN)
+    if r:
+        for A in (model[0].lora_A.requires_grad_(False), model[0].merged_A):
+            A.copy_(torch.eye(IN))
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), 0.1)
+    for k in range(2 * T):
+        step(model, optimizer, *batch(seed=k))
+        if (k + 1) % T == 0:
+            lte.merge(model)
+    expected = local_sgd(plain, (batch(seed=k) for k in range(2 * T)), 0.1, [T, T])
+    close(lte.merged_state_dict(model), expected)
+
+
+def trained(steps=4, **options):
+    model = convert(net(), **options)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01, eps=1e-30)
+    for k in range(steps):
+        step(model, optimizer, *batch(seed=k))
+    return model, optimizer
+
+
+@pytest.mark.parametrize("reset", ["B", "AB"])
+def test_the_first_update_after_a_reset_has_the_size_of_the_rate(reset):
+    model, optimizer = trained()
+    lte.merge(model, optimizer=optimizer, reset=reset)
+    for layer in (model[0], model[3]):
+        assert not layer.lora_B.any()
+    step(model, optimizer, *batch(seed=9))
+    for layer in (model[0], model[3]):
+        close(layer.lora_B.abs(), torch.full_like(layer.lora_B, 0.01), rtol=1e-6)
+
+
+@pytest.mark.parametrize("reset", RESETS)
+def test_a_reset_clears_the_whole_state_of_what_it_resets_and_no_other(reset):
+    model, optimizer = trained()
+    parameters = list(model.parameters())
+    kept = {id(p): copy.deepcopy(s) for p, s in optimizer.state.items()}
+    factors = [f for layer in (model[0], model[3]) for f in (layer.lora_A, layer.lora_B)]
+    cleared = {"none": [], "B": factors[1::2], "AB": factors}[reset]
+    lte.merge(model, optimizer=optimizer, reset=reset)
+    assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
+    for p in parameters:
+        if any(p is f for f in cleared):
+            assert p not in optimizer.state
+        else:
+            same(optimizer.state[p], kept[id(p)])
+
+
+def test_a_reset_keeps_A_or_draws_one_that_depends_only_on_seed_merge_head_and_layer():
+    model, optimizer = trained()
+    A = model[0].lora_A.detach().clone()
+    lte.merge(model, optimizer=optimizer, reset="B")
+    same(model[0].lora_A, A)
+    lte.merge(model, optimizer=optimizer, reset="AB")
+    other, optimizer = trained(1)
+    lte.merge(other)
+    torch.manual_seed(9)
+    lte.merge(other, optimizer=optimizer, reset="AB")
+    same(other[0].lora_A, model[0].lora_A)
+    A = other[0].lora_A.detach()
+    close(A @ A.mT, IN / R * torch.eye(R).double().expand(N, R, R), atol=1e-9)
+    drawn = [*convert(net())[0].lora_A, *model[0].lora_A]
+    lte.merge(other, optimizer=optimizer, reset="AB")
+    drawn += other[0].lora_A
+    assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i])
+
+
+def test_what_is_merged_is_not_aliased_to_the_live_factors():
+    model = seasoned(net())
+    lte.merge(model)
+    merged = [b.clone() for n, b in model.named_buffers()]
+    learn(model)
+    same([b for n, b in model.named_buffers()], merged)
+
+
+def test_decay_multiplies_W_and_nothing_else():
+    model = convert(net())
+    start = lte.merged_state_dict(model)
+    lte.merge(model, decay=0.9)
+    factor = {name: 0.9 if name in ("0.weight", "3.weight") else 1.0 for name in start}
+    close(lte.merged_state_dict(model), {name: factor[name] * start[name] for name in start})
+
+
+def test_decay_comes_before_what_is_added():
+    layer = convert(nn.Linear(IN, OUT).double())
+    W = layer.exact()
+    learn(layer)
+    mean = layer.scaling * (layer.lora_B @ layer.lora_A).mean(0)
+    lte.merge(layer, decay=0.5)
+    close(layer.exact(), 0.5 * W + mean)
+
+
+def test_a_merge_inside_autocast_is_in_full_precision():
+    inside, outside = (seasoned(net().float()) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        lte.merge(inside)
+    lte.merge(outside)
+    same(snapshot(inside), snapshot(outside))
+
+
+@pytest.mark.parametrize("base", ["fp32", "int8", "nf4", "fp4"])
+def test_evaluating_before_a_merge_disturbs_neither_it_nor_training(base):
+    looked, x = seasoned(nn.Linear(96, 64), base=base), torch.randn(N * B, 96)
+    alone = copy.deepcopy(looked)
+    with torch.no_grad():
+        looked.eval()(x)
+    looked.train()
+    for model in (looked, alone):
+        lte.merge(model)
+    same(snapshot(looked), snapshot(alone))
+    same(looked(x), alone(x))
+    same(looked.eval()(x), alone.eval()(x))
+
+
+def test_how_tensors_are_grouped_into_messages_does_not_matter(monkeypatch):
+    one, many = seasoned(net()), seasoned(net())
+    lte.merge(one)
+    monkeypatch.setattr(lte, "BUCKET", 1100)  # two of these tensors
+    assert [len(group) for group in lte.buckets(lte.merged_tensors(many))] == [2, 2, 2]
+    lte.merge(many)
+    same(snapshot(many), snapshot(one))
+
+
+@pytest.mark.parametrize(
+    "reset, optimizer, sentence",
+    [
+        ("A", None, "reset='A' is not known; choose one of none, B, AB"),
+        ("B", None, r"reset='B' needs optimizer="),
+        ("AB", torch.optim.SGD(net().parameters(), 0.1), "does not hold the factors of 0.weight"),
+    ],
+)
+def test_a_merge_that_is_refused_changes_nothing(reset, optimizer, sentence):
+    model = seasoned(net())
+    before, merges = snapshot(model), model[0].layout.merges
+    with pytest.raises(ValueError, match=sentence):
+        lte.merge(model, reset=reset, optimizer=optimizer)
+    same(snapshot(model), before)
+    assert model[0].layout.merges == merges
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lte.merge,
+        lte.merged_state_dict,
+        lambda m: lte.head_loss(torch.ones(3), m),
+        lambda m: lte.clip_grad_norm_(m, 1.0),
+    ],
+)
+def test_a_plain_model_is_refused_in_one_sentence(call):
+    with pytest.raises(ValueError, match="not converted; call lte.convert first"):
+        call(net())
+
+
+class Awkward(nn.Module):
+    """Every kind of owner, in sizes that no number of processes divides."""
+
+    def __init__(self, stem):
+        super().__init__()
+        self.vit = vit(dropout=0.1, dtype=torch.float32)
+        self.stem, self.norm = stem, nn.BatchNorm2d(3)
+        self.gate, self.wide = nn.Linear(10, 1), nn.Linear(10, 384)
+        self.out, self.slope = nn.Linear(384, 10), nn.PReLU()
+
+    def forward(self, x):
+        z = self.vit(self.norm(self.stem(x)))
+        return self.out(self.slope(self.wide(z) * self.gate(z)))
+
+
+def train_awkward(base, convolution=False, steps=6, T=2):
+    """N = 4 heads: what all processes hold at the end, and what this one does."""
+    torch.manual_seed(0)
+    model = Awkward(nn.Conv2d(3, 3, 3, padding=1) if convolution else nn.Identity())
+    model = lte.convert(model, heads=4, r=2, lora_alpha=16, base=base, bare="heads")
+    layout = lte.layout_of(model)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01, weight_decay=0.0, foreach=True)
+    mine = slice(layout.rank * layout.local * B, (layout.rank + 1) * layout.local * B)
+    for k in range(steps):
+        g = torch.Generator().manual_seed(k)
+        x = torch.randn(4 * B, 3, 8, 8, generator=g)[mine]
+        y = torch.randint(10, (4 * B,), generator=g)[mine]
+        optimizer.zero_grad()
+        loss(model, x, y).backward()
+        lte.clip_grad_norm_(model, 1.0)
+        optimizer.step()
+        if (k + 1) % T == 0:
+            lte.merge(model, optimizer=optimizer, decay=0.99, reset="AB" if k == 3 else "none")
+    forward = {m.plain: m.dense() for m in lte.merged_tensors(model)}
+    heads = {name: p.detach() for name, p in model.named_parameters()}
+    return lte.merged_state_dict(model), forward, heads
+
+
+@pytest.mark.parametrize("base, convolution", [("fp32", False), ("nf4", False), ("fp32", True)])
+def test_four_heads_on_one_two_or_four_processes_end_in_the_same_bits(base, convolution):
+    [(export, forward, heads)] = on_processes(1, train_awkward, base, convolution)
+    for world in (2, 4):
+        ranks = on_processes(world, train_awkward, base, convolution)
+        for theirs, their_forward, _ in ranks:
+            same(theirs, export)
+            same(their_forward, forward)
+        same({name: torch.cat([r[2][name] for r in ranks]) for name in heads}, heads)
+
+
+def start_differently():
+    torch.manual_seed(dist.get_rank())
+    model = lte.convert(
+        nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7)), heads=4, r=2, lora_alpha=8
+    )
+    layer = lte.MultiheadLoRALinear(5, 7, heads=4, r=2, lora_alpha=8)
+    return lte.merged_state_dict(model), layer.weight, model[0].lora_A.detach()
+
+
+def test_processes_seeded_differently_start_from_the_same_weights_with_different_heads():
+    ranks = on_processes(2, start_differently)
+    same(ranks[0][:2], ranks[1][:2])
+    A = torch.cat([r[2] for r in ranks])
+    alone = lte.convert(nn.Sequential(nn.Linear(5, 7)), heads=4, r=2, lora_alpha=8)
+    same(A, alone[0].lora_A)
+
+
+def count_bytes(base):
+    """Counted here from what collectives are given, by lte.bytes_sent, and foretold."""
+    torch.manual_seed(0)
+    layers = nn.Linear(3, 1), nn.Linear(1, 10), nn.Linear(10, 384), nn.LayerNorm(384), nn.PReLU()
+    model = lte.convert(nn.Sequential(*layers), heads=4, r=2, lora_alpha=8, base=base)
+    learn(model)
+    world, sent = dist.get_world_size(), []
+    to_all, gather = dist.all_to_all_single, dist.all_gather_into_tensor
+
+    def counted_to_all(output, chunks, *args, **options):
+        sent.append(chunks.nbytes * (world - 1) // world)
+        return to_all(output, chunks, *args, **options)
+
+    def counted_gather(output, mine, *args, **options):
+        sent.append(mine.nbytes * (world - 1))
+        return gather(output, mine, *args, **options)
+
+    dist.all_to_all_single, dist.all_gather_into_tensor = counted_to_all, counted_gather
+    before = lte.layout_of(model).bytes_sent
+    lte.merge(model)
+    return sum(sent), lte.layout_of(model).bytes_sent - before, lte.merge_bytes(model)
+
+
+@pytest.mark.parametrize("world, base", [(2, "fp32"), (4, "nf4")])
+def test_the_bytes_sent_are_those_foretold(world, base):
+    model = nn.Sequential(
+        nn.Linear(3, 1), nn.Linear(1, 10), nn.Linear(10, 384), nn.LayerNorm(384), nn.PReLU()
+    )
+    alone = lte.convert(model, heads=4, r=2, lora_alpha=8, base=base)
+    foretold = lte.merge_bytes(alone, workers=world)
+    assert lte.merge_bytes(alone) == 0
+    assert on_processes(world, count_bytes, base) == [(foretold,) * 3] * world
+
+
+def test_bytes_are_those_of_rows_of_deltas_and_of_the_forward_format():
+    model = lte.convert(nn.Linear(10, 384, bias=False), heads=4, r=2, lora_alpha=8, base="nf4")
+    assert lte.merge_bytes(model, workers=4) == 3 * (3840 // 64 // 4) * (256 + 36)
+
+
+def train_while_nobody_talks():
+    model = lte.convert(net(), heads=4, r=2, lora_alpha=8, base="nf4")
+    optimizer = torch.optim.Adam(model.parameters())
+    talks = "all_reduce broadcast all_gather all_gather_into_tensor all_to_all all_to_all_single \
+        reduce reduce_scatter reduce_scatter_tensor gather scatter barrier send recv".split()
+
+    def refuse(*args, **options):
+        raise AssertionError("a collective between merges")
+
+    kept = {name: getattr(dist, name) for name in talks}
+    for name in talks:
+        setattr(dist, name, refuse)
+    for k in range(2):
+        optimizer.zero_grad()
+        loss(model, *batch(2, seed=k + 10 * dist.get_rank())).backward()
+        lte.clip_grad_norm_(model, 1.0)
+        optimizer.step()
+        model.eval()(batch()[0])
+        model.train()
+    for name in talks:
+        setattr(dist, name, kept[name])
+    different = model[0].lora_B.detach().clone()
+    lte.merge(model)
+    return different, model[0].rows
+
+
+def test_nothing_is_sent_between_merges_and_all_hold_the_same_W_after_one():
+    (mine, rows), (other, other_rows) = on_processes(2, train_while_nobody_talks)
+    assert not torch.equal(mine, other)
+    same(rows, other_rows)
+
+
+def refuse_on(heads, parallel):
+    model = net()
+    with pytest.raises(ValueError) as error:
+        lte.convert(model, heads=heads, r=2, lora_alpha=8, parallel=parallel)
+    return str(error.value)
+
+
+def test_every_process_refuses_what_does_not_fit():
+    for heads, parallel in ((3, True), (4, False)):
+        first, second = on_processes(2, refuse_on, heads, parallel)
+        assert first == second and "2" in first
+
+
+# ------------------------------------------------------------------------------------------------
+# 8 training helpers
+# ------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_the_sum_over_heads_of_each_heads_mean():
+    losses = torch.rand(N * B, 6, dtype=torch.float64)
+    close(lte.head_loss(losses, convert(net())), losses.mean() * N)
+    close(lte.head_loss(losses, convert(net(), parallel=False)), losses.mean())
+    with pytest.raises(ValueError, match="10 samples does not split over 3 heads"):
+        lte.head_loss(losses[:10], convert(net()))
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_heads_gradient_is_that_of_a_run_with_this_head_alone(clip):
+    together, (x, y) = seasoned(net()), batch()
+    grads = gradients(together, loss(together, x, y))
+    norms = lte.clip_grad_norm_(together, 0.05) if clip else None
+    for n in range(N):
+        alone = convert(net(), heads=1)
+        for target, source in ((alone[0], together[0]), (alone[3], together[3])):
+            target.rows.copy_(source.rows)
+            target.merged_A.copy_(source.merged_A[n : n + 1])
+            target.merged_B.copy_(source.merged_B[n : n + 1])
+        for p, q in zip(alone.parameters(), together.parameters(), strict=True):
+            p.data.copy_(q[n : n + 1])
+        own = gradients(alone, loss(alone, x.chunk(N)[n], y.chunk(N)[n]))
+        close(own, {name: g[n : n + 1] for name, g in grads.items()})
+        if clip:
+            norm = torch.cat([g.flatten() for g in own.values()]).norm()
+            close(norms[n], norm)
+            for p, g in zip(together.parameters(), own.values(), strict=True):
+                close(p.grad[n : n + 1], g * 0.05 / (norm + 1e-6))
+
+
+def test_clipping_leaves_small_gradients_as_they_are():
+    model = seasoned(net())
+    before = gradients(model, loss(model, *batch()))
+    lte.clip_grad_norm_(model, 1e3)
+    same({name: p.grad for name, p in model.named_parameters()}, before)
+
+
+def test_multi_head_lora_is_clipped_as_one_model():
+    model = seasoned(net(), parallel=False)
+    grads = gradients(model, loss(model, *batch()))
+    norm = torch.cat([g.flatten() for g in grads.values()]).norm()
+    close(lte.clip_grad_norm_(model, 0.01), norm.expand(N))
+    for name, p in model.named_parameters():
+        close(p.grad, grads[name] * 0.01 / (norm + 1e-6))
+
+
+def test_one_heads_nan_does_not_reach_the_others():
+    model, (x, y) = seasoned(net()), batch()
+    clean = gradients(model, loss(model, x, y))
+    x[B : 2 * B] = math.nan
+    dirty = gradients(model, loss(model, x, y))
+    norms = lte.clip_grad_norm_(model, 1e3)
+    assert norms.isnan().tolist() == [False, True, False]
+    for name, p in model.named_parameters():
+        same(dirty[name][::2], clean[name][::2])
+        same(p.grad[::2], clean[name][::2])
+
+
+def test_micro_batches_add_up_to_the_batch():
+    model, (x, y) = seasoned(net()), batch()
+    whole = gradients(model, loss(model, x, y))
+    model.zero_grad()
+    for k in (0, 2):  # samples k, k + 1 of every head
+        part = [t.unflatten(0, (N, B))[:, k : k + 2].flatten(0, 1) for t in (x, y)]
+        (loss(model, *part) / 2).backward()
+    close({name: p.grad for name, p in model.named_parameters()}, whole)
+
+
+@pytest.mark.parametrize("base", ["fp32", "bf16"])
+def test_a_compiled_model_equals_the_eager_one_through_merges_and_compiles_once(base):
+    eager, compiled, graphs = convert(net(), base=base), convert(net(), base=base), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    run = torch.compile(compiled, backend=backend)
+    optimizers, compiled_at_first = [torch.optim.SGD(m.parameters(), 0.1) for m in (eager, run)], 0
+    for k in range(6):
+        for model, optimizer in zip((eager, run), optimizers, strict=True):
+            step(model, optimizer, *batch(seed=k))
+            lte.clip_grad_norm_(model, 1.0)
+            if k % 2:
+                lte.merge(model)
+            compiled_at_first = compiled_at_first or len(graphs)
+        close(lte.merged_state_dict(run), lte.merged_state_dict(eager))
+    assert len(graphs) == compiled_at_first
+
+
+# ------------------------------------------------------------------------------------------------
+# 9 export and counts
+# ------------------------------------------------------------------------------------------------
+
+
+def everything():
+    """A plain model with parameters, buffers and names of all sorts, in float32."""
+    torch.manual_seed(0)
+    return nn.Sequential(vit(dtype=torch.float32), nn.Linear(10, 6), nn.BatchNorm1d(6), nn.PReLU())
+
+
+@pytest.mark.parametrize("base", lte.BASES)
+def test_the_export_has_the_plain_models_names_order_and_types(base):
+    model = seasoned(everything(), bare="heads", base=base, skip=["1"])
+    exported, plain = lte.merged_state_dict(model), everything().state_dict()
+    assert [(n, t.dtype, t.shape) for n, t in exported.items()] == [
+        (n, t.dtype, t.shape) for n, t in plain.items()
+    ]
+    assert not any(t.requires_grad for t in exported.values())
+
+
+@pytest.mark.parametrize("base", ["fp32", "bf16", "int8", "nf4"])
+def test_the_exported_model_computes_what_eval_does_up_to_the_rounding_of_W(base):
+    model, x = convert(everything(), bare="heads", base=base), torch.randn(N * B, 3, 8, 8)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(3):
+        step(model, optimizer, x, torch.arange(N * B) % 6)
+    lte.merge(model)
+    plain = everything()
+    plain.load_state_dict(lte.merged_state_dict(model))
+    y, expected = model.eval()(x), plain.eval()(x)
+    error = {"fp32": 1e-5, "bf16": 0.02, "int8": 0.1, "nf4": 0.6}[base]
+    assert (y - expected).norm() / expected.norm() < error
+
+
+def test_what_was_learnt_since_the_last_merge_is_not_in_the_export():
+    model = convert(net())
+    before = lte.merged_state_dict(model)
+    learn(model)
+    same(lte.merged_state_dict(model), before)
+
+
+@pytest.mark.parametrize("base", lte.BASES)
+def test_the_export_is_a_copy(base):
+    model = seasoned(net().float(), base=base)
+    exported = lte.merged_state_dict(model)
+    before = snapshot(model)
+    for tensor in exported.values():
+        tensor += 1
+    same(snapshot(model), before)
+
+
+@pytest.mark.parametrize("base", ["fp32", "nf4"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
+)
+def test_a_copy_of_a_converted_model_lives_its_own_life(duplicate, base):
+    model, x = seasoned(everything(), bare="heads", base=base), torch.randn(N * B, 3, 8, 8)
+    twin, before = duplicate(model), snapshot(model)
+    same(twin(x), duplicate(model)(x))
+    lte.merge(twin)
+    merged = lte.merged_state_dict(twin)
+    same(snapshot(model), before)
+    lte.merge(model)
+    same(
+        {k: v for k, v in lte.merged_state_dict(model).items() if "2." != k[:2]},
+        {k: v for k, v in merged.items() if "2." != k[:2]},
+    )
+
+
+@pytest.mark.parametrize("base", ["fp32", "int8", "nf4"])
+def test_a_converted_models_state_reloads_into_another(base):
+    model, other = (seasoned(net().float(), base=base) for _ in range(2))
+    learn(model, seed=8)
+    lte.merge(model)
+    learn(model, seed=9)
+    other.load_state_dict(model.state_dict())
+    x = batch()[0].float()
+    same(other(x), model(x))
+    same(other.eval()(x), model.eval()(x))

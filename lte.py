@@ -34,6 +34,7 @@ Glossary: symbol, name in the code, meaning
     A', B'  merged_A, _B    the factors as they were at the last merge
     s       scaling         lora_alpha / r, with r as given; 1/N is never part of it
     W       weight          (out, in), decoded from the base
+            Copies.heads    (n, *shape), what is copied for each head instead
             base            how W is stored for the forward pass; the master is its exact fp32 value
     in shapes: b samples of one head, t tokens, i in, o out
 
@@ -115,8 +116,9 @@ class Layout:
 def tree_sum(term, first, count):
     """term(first) + ... + term(first + count - 1), added in a fixed binary tree.
 
-    Floating-point sums depend on their order. A power-of-two block of heads is a subtree, so its
-    process adds just what one process with all heads would add, and the last bits agree.
+    Floating-point sums depend on their order. Where every process holds a power of two of heads,
+    its block is a subtree: it adds just what one process with all heads would, and the last bits
+    agree. Other blocks agree up to rounding.
     """
     if count == 1:
         return term(first)
@@ -161,10 +163,10 @@ def generator(*key, device="cpu"):
 INITS = ("orthogonal", "orthogonal_paper", "kaiming", "xavier")
 
 
-def init_A(shape, out_features, init, *key, dtype=torch.float32):
+def init_A(shape, init, *key, dtype=torch.float32):
     """One head's A (r, in), drawn from `key` = (seed, merge, layer, head).
 
-    "orthogonal" makes orthonormal rows times sqrt(in / r): the rows' mean square is then 1 / r
+    "orthogonal" makes orthonormal rows times sqrt(in / r): an entry's mean square is then 1 / r
     whatever the width. The paper writes sqrt(r / in) for such a matrix ("orthogonal_paper"), but
     its rates fit the authors' code, which has the inverse.
     """
@@ -248,16 +250,17 @@ class Merged(nn.Module):
     `rows` is the whole tensor in its forward format, equal on all processes. `master` is this
     process's share of the rows in full precision: merges go there, and `rows` is always its
     rounding, so nothing is lost however coarse the base. For "fp32" the rows are the master.
-    What the heads train is added by subclasses: delta(h) is head h's change since the last merge.
+    A merge asks three things of a subclass: delta(h), head h's change since the last merge;
+    install(), to go on from the new value; and `decays`, whether weight decay shrinks it.
     """
 
-    decays = False  # does weight decay shrink it at a merge?
+    decays = False
 
     def __init__(self, tensor, layout, base="fp32"):
         super().__init__()
         self.layout, self.base, self.plain = layout, base, ""  # plain: its name in the plain model
         self.shape, self.numel = tensor.shape, tensor.numel()
-        self.share = math.ceil(self.numel / BLOCK / layout.world)  # rows of one process
+        self.share = math.ceil(self.numel / BLOCK / layout.world)  # rows a process, the last padded
         exact = self.to_rows(tensor.detach())
         self.register_buffer("rows", encode(exact, base))
         mine = exact[self.mine].clone() if base != "fp32" else None
@@ -265,6 +268,7 @@ class Merged(nn.Module):
 
     @property
     def mine(self):
+        """Which rows this process keeps the master of, a slice."""
         return slice(self.layout.rank * self.share, (self.layout.rank + 1) * self.share)
 
     def to_rows(self, tensor):
@@ -274,6 +278,7 @@ class Merged(nn.Module):
         return rows
 
     def from_rows(self, rows):
+        """(P share, 64) -> (shape), the padding dropped."""
         return rows.flatten()[: self.numel].view(self.shape)
 
     @property
@@ -301,72 +306,70 @@ class Merged(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# 4 the low-rank layer: its product in two forms, and the layer
+# 4 the low-rank layer: one head's product, and the layer
 # ------------------------------------------------------------------------------------------------
-# y_n = x_n (W + s U_n V_n)^T can be computed in two ways. Multiply-adds, M tokens a head, W (o, i),
-# forward and backward, on top of the 2 M o i that W itself costs:
-#     textbook  (x V^T) U^T beside x W^T           6 M r (o + i)    through autograd
-#     formed    W + s U V as one matrix, twice     4 o i r + 2 M r (o + i)
-# so formed is cheaper from M = o i / (o + i) on, half the width of a square layer, whatever r.
 
 
-def textbook_product(x, A, B, merged_A, merged_B, W, s):
-    """x (n, M, i), A (n, r, i), B (n, o, r) -> y (n, M, o): x W^T + s (x V^T) U^T."""
-    U, V = factor_update(A, B, merged_A, merged_B)
-    return F.linear(x, W) + torch.bmm(torch.bmm(x, V.mT), s * U.mT)
+def formed_is_cheaper(tokens, o, i):
+    """Is W + s U V better formed as one matrix, or multiplied factor by factor ("textbook")?
+
+    Multiply-adds of one head with M tokens, forward and backward, beside the 2 M o i of W itself:
+
+        textbook  (x V^T) U^T, and the same for the gradient of x      4 M r (o + i)
+        formed    W + s U V, once in each direction                    4 o i r
+
+    and 2 M r (o + i) for the factors' gradients in both. So forming pays from o i / (o + i) tokens
+    on, half the width of a square layer, whatever r.
+    """
+    return tokens * (o + i) > o * i
 
 
-class FormedProduct(torch.autograd.Function):
-    """x (n, M, i) -> y (n, M, o) through one matrix a head, formed when needed and let go at once.
+def aligned(x):
+    """x at an address that does not depend on which of the heads here it is: last bits may."""
+    return x if torch.compiler.is_compiling() or x.data_ptr() % 64 == 0 else x.clone()
 
-        forward   W_n = W + s U_n V_n,     y_n = x_n W_n^T
-        backward  W_n once more,           dx_n = g_n W_n
-                  dB_n = s g_n^T (x_n A_n^T),   dA_n = s (g_n B_n)^T x_n
 
-    Only x is kept for the backward pass. W comes as its rows, decoded where it is used. Under
-    autocast W_n is formed in full precision and rounded once, as dense training rounds its W.
+class HeadProduct(torch.autograd.Function):
+    """y = x (W + s U V)^T for one head: x (M, i), A (r, i), B (o, r) -> y (M, o).
+
+        dx = g (W + s U V),    dB = s g^T (x A^T),    dA = s (g B)^T x
+
+    Only x is kept for the backward pass: W is decoded from its rows again, and W + s U V, where it
+    is formed, is formed again and let go at once. Under autocast it is formed in full precision and
+    rounded once, as dense training rounds its W.
     """
 
     @staticmethod
-    def forward(ctx, x, A, B, merged_A, merged_B, rows, spec, s):
-        device, dtype = x.device.type, x.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        ctx.spec, ctx.s, ctx.x_dtype = spec, s, x.dtype
-        x = x.to(dtype)
+    def forward(ctx, x, A, B, merged_A, merged_B, W, s, rows, base):
+        device, ctx.x_dtype, ctx.s, ctx.base = x.device.type, x.dtype, s, base
+        autocast = torch.is_autocast_enabled(device)
+        x = aligned(x).to(torch.get_autocast_dtype(device) if autocast else x.dtype)
         ctx.save_for_backward(x, A, B, merged_A, merged_B, rows)
         with torch.autocast(device, enabled=False):
-            weights = FormedProduct.weights(ctx, A, B, merged_A, merged_B, rows, dtype)
-            return torch.stack([x_n @ W_n.mT for x_n, W_n in zip(x, weights, strict=True)])
-
-    @staticmethod
-    def weights(ctx, A, B, merged_A, merged_B, rows, dtype):
-        """W + s U_n V_n (o, i) of one head after the other, a generator: never two at a time."""
-        base, exact, o, i = ctx.spec
-        W = decode(rows, base, exact).flatten()[: o * i].view(o, i)
-        for n in range(len(A)):
-            U, V = factor_update(A[n], B[n], merged_A[n], merged_B[n])
-            yield torch.addmm(W, ctx.s * U, V).to(dtype)
+            U, V = factor_update(A, B, merged_A, merged_B)
+            if formed_is_cheaper(len(x), *W.shape):
+                return x @ torch.addmm(W, s * U, V).to(x.dtype).mT
+            U, V, W = (s * U).to(x.dtype), V.to(x.dtype), W.to(x.dtype)
+            return x @ W.mT + x @ V.mT @ U.mT
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        with torch.autocast(g.device.type, enabled=False):
-            return FormedProduct.gradients(ctx, g)
-
-    @staticmethod
-    def gradients(ctx, g):
         x, A, B, merged_A, merged_B, rows = ctx.saved_tensors
-        grads = []
-        weights = FormedProduct.weights(ctx, A, B, merged_A, merged_B, rows, g.dtype)
-        for g_n, x_n, A_n, B_n, W_n in zip(g, x, A, B, weights, strict=True):
-            dx_n = g_n @ W_n if ctx.needs_input_grad[0] else x_n.new_zeros(())
-            dB_n = g_n.mT @ (x_n @ A_n.to(x.dtype).mT)
-            dA_n = (g_n @ B_n.to(x.dtype)).mT @ x_n
-            grads.append((dx_n, ctx.s * dA_n, ctx.s * dB_n))
-        dx, dA, dB = (torch.stack(per_head) for per_head in zip(*grads, strict=True))
-        dx = dx.to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
-        return dx, dA.to(A.dtype), dB.to(B.dtype), None, None, None, None, None
+        s, o, i = ctx.s, len(B), A.shape[1]
+        with torch.autocast(g.device.type, enabled=False):
+            g, dx = aligned(g), None
+            if ctx.needs_input_grad[0]:
+                W = decode(rows, ctx.base, A.dtype).flatten()[: o * i].view(o, i)
+                U, V = factor_update(A, B, merged_A, merged_B)
+                if formed_is_cheaper(len(x), o, i):
+                    dx = g @ torch.addmm(W, s * U, V).to(g.dtype)
+                else:
+                    dx = g @ W.to(g.dtype) + g @ (s * U).to(g.dtype) @ V.to(g.dtype)
+                dx = dx.to(ctx.x_dtype)
+            dB = s * (g.mT @ (x @ aligned(A).to(x.dtype).mT))
+            dA = s * ((g @ aligned(B).to(x.dtype)).mT @ x)
+        return dx, dA.to(A.dtype), dB.to(B.dtype), *[None] * 6
 
 
 def side_by_side(A, B):
@@ -387,31 +390,22 @@ class MultiheadLoRALinear(Merged):
             bias (n, out) of its n = N / P.
         r: rank of one head, cut to min(in_features, out_features); scaling stays lora_alpha / r.
         base: how W is stored, one of BASES; init: how A starts, one of INITS (B starts at zero).
+    Usually made by convert; a layer built by hand is a model of its own, with its own merges.
     Source: equations of sections 3.1 (multi-head LoRA) and 3.2 (LTE) of the paper.
     """
 
     decays = True
 
-    def __init__(
-        self,
-        in_features,
-        out_features,
-        *,
-        heads,
-        r,
-        lora_alpha,
-        bias=True,
-        base="fp32",
-        parallel=True,
-        init="orthogonal",
-        seed=0,
-    ):
+    def __init__(self, in_features, out_features, *, heads, r, lora_alpha, bias=True, base="fp32",
+                 parallel=True, init="orthogonal", seed=0):
         linear = nn.Linear(in_features, out_features, bias=bias)
         layout = Layout(heads, parallel, seed)
         layout.names = list(linear.state_dict())
         check_options(r=r, lora_alpha=lora_alpha, base=base, init=init)
         broadcast(linear, layout)
         self.setup(linear.weight, linear.bias, layout, r, lora_alpha, base, init)
+
+    # __init__ makes new weights, `of` takes given ones; both end in `setup`.
 
     @classmethod
     def of(cls, weight, bias, prefix, layout, *, r, lora_alpha, base, init):
@@ -441,8 +435,7 @@ class MultiheadLoRALinear(Merged):
             (layout.seed, layout.merges, self.plain, layout.rank * layout.local + h)
             for h in range(layout.local)
         ]
-        out, dtype = self.out_features, like.dtype
-        return torch.stack([init_A(shape, out, self.init, *key, dtype=dtype) for key in keys])
+        return torch.stack([init_A(shape, self.init, *key, dtype=like.dtype) for key in keys])
 
     @property
     def weight(self):
@@ -464,14 +457,13 @@ class MultiheadLoRALinear(Merged):
         else:  # all samples to one head of rank N r, with s / N
             s, x_n = self.scaling / self.layout.heads, x.reshape(1, -1, self.in_features)
             now, then = side_by_side(*now), side_by_side(*then)
-        (_, tokens, i), o = x_n.shape, self.out_features
-        if tokens * (o + i) > o * i:
-            y_n = FormedProduct.apply(x_n, *now, *then, self.rows, (self.base, self.dtype, o, i), s)
-        else:
-            y_n = textbook_product(x_n, *now, *then, self.weight, s)
+        factors = zip(*(f.unbind(0) for f in (*now, *then)), strict=True)
+        W = (self.weight, s, self.rows, self.base)
+        y_n = [HeadProduct.apply(x, *f, *W) for x, f in zip(x_n.unbind(0), factors, strict=True)]
+        y_n = torch.stack(y_n)  # (n, b t, o)
         if bias is not None:
-            y_n = y_n + bias.view(len(y_n), 1, o).to(y_n.dtype)
-        return y_n.view(*x.shape[:-1], o)
+            y_n = y_n + bias.view(len(y_n), 1, -1).to(y_n.dtype)
+        return y_n.view(*x.shape[:-1], self.out_features)
 
     def delta(self, h):
         """s (B A - B' A') of the h-th head of this process, in the weight's shape."""
@@ -554,7 +546,8 @@ class PerHead(nn.Module):
                 self.add_module(name, Copies(tensor, layout, prefix + name))
             else:
                 self.register_buffer(name, torch.stack([tensor] * layout.local))
-        self.__dict__["code"] = module.to("meta")  # not a child: only its forward is used
+        # Not a child, and without memory of its own: only its forward is used.
+        self.__dict__["code"] = module.to("meta")
 
     def forward(self, *args, **kwargs):
         def call(state, args, kwargs):
@@ -573,8 +566,10 @@ class PerHead(nn.Module):
         chunks = [self.layout.split(x) if isinstance(x, torch.Tensor) else x for x in leaves]
         outputs = []
         for h in range(self.layout.local):
-            own = tree_unflatten([x[h] if isinstance(x, torch.Tensor) else x for x in chunks], spec)
-            outputs.append(call({name: heads[h] for name, heads in state.items()}, *own))
+            own = [aligned(x[h]) if isinstance(x, torch.Tensor) else x for x in chunks]
+            outputs.append(
+                call({name: heads[h] for name, heads in state.items()}, *tree_unflatten(own, spec))
+            )
         return tree_map(lambda *y: torch.cat(y) if torch.is_tensor(y[0]) else y[0], *outputs)
 
     def keep_buffers(self, copies, state):
@@ -646,19 +641,12 @@ class MultiheadAttention(nn.Module):
             return self.in_proj[0](query).chunk(3, -1)
         return [self.in_proj[0](x).chunk(3, -1)[j] for j, x in enumerate(inputs)]
 
-    def forward(
-        self,
-        query,
-        key,
-        value,
-        key_padding_mask=None,
-        need_weights=True,
-        attn_mask=None,
-        average_attn_weights=True,
-        is_causal=False,
-    ):
+    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
+                average_attn_weights=True, is_causal=False):
         if query.dim() != 3:
             raise ValueError(f"attention over {query.dim()}-d input: heads need a batch, use 3-d")
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal=True only describes a mask: give attn_mask as well")
         q, k, v = (
             x.unflatten(-1, (self.attn_heads, -1)).transpose(1, 2)  # (batch, attn_heads, t, d)
             for x in self.project(query, key, value)
@@ -671,7 +659,7 @@ class MultiheadAttention(nn.Module):
             y = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal and mask is None)
+            y = F.scaled_dot_product_attention(q, k, v, mask)
         return self.out_proj(y.transpose(1, 2).flatten(2)), weights
 
 
@@ -712,13 +700,14 @@ class HeadDropout(nn.Module):
         for h in range(len(chunks)):
             key = (layout.seed, self.name, self.calls, layout.rank * layout.local + h)
             keep[h].bernoulli_(1 - self.p, generator=generator(*key, device=x.device))
-        return (chunks * keep / (1 - self.p)).view_as(x)
+        return (chunks * keep / max(1 - self.p, 1e-9)).view_as(x)
 
 
 class BareCopies(nn.ModuleDict):
     """Copies of parameters that a module with children owns itself, such as a class token (1, ...).
 
-    A hook lends the module, for each call, a tensor with one row a sample, each its head's copy.
+    The module's own forward reads them by name, self.class_token. So for each call a hook lends it
+    under that name a tensor with one row a sample, its head's copy, and takes it back afterwards.
     """
 
     def __init__(self, owner, prefix, layout):
@@ -732,7 +721,9 @@ class BareCopies(nn.ModuleDict):
     def lend(self, owner, args, kwargs):
         samples = next(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)).shape[0]
         for name, copies in self.items():
-            setattr(owner, name, copies.per_sample(samples).squeeze(1))  # (n b or 1, ...)
+            setattr(
+                owner, name, copies.per_sample(samples).squeeze(1)
+            )  # (n b, 1, ...) -> (n b, ...)
 
     def take_back(self, owner, args, output):
         for name in self:
@@ -745,19 +736,8 @@ class BareCopies(nn.ModuleDict):
 # ------------------------------------------------------------------------------------------------
 
 
-def convert(
-    model,
-    *,
-    heads,
-    r,
-    lora_alpha=None,
-    base="fp32",
-    parallel=True,
-    init="orthogonal",
-    bare="error",
-    skip=(),
-    seed=0,
-):
+def convert(model, *, heads, r, lora_alpha=None, base="fp32", parallel=True, init="orthogonal",
+            bare="error", skip=(), seed=0):
     """Turn a plain model into one that N heads train. In place; returns it. Collective.
 
     The function it computes stays the same: B = 0, so every head starts as the model it was given,
@@ -796,8 +776,10 @@ def convert(
 
 
 def check_options(*, r, lora_alpha, base, init, bare="error"):
-    if r is not None and (r < 1 or lora_alpha is None):
-        raise ValueError(f"r={r}, lora_alpha={lora_alpha}: r must be 1 or more, lora_alpha given")
+    if r is not None and not (isinstance(r, int) and r >= 1 and lora_alpha and lora_alpha > 0):
+        raise ValueError(
+            f"r={r}, lora_alpha={lora_alpha}: r must be an integer from 1 on, lora_alpha above 0"
+        )
     for name, value, known in (
         ("base", base, BASES),
         ("init", init, INITS),
@@ -817,6 +799,11 @@ def make_plan(model, r, bare, skip):
     if skip - names.keys():
         raise ValueError(f"skip names no module: {sorted(skip - names.keys())}")
     check_parameters(model)
+    seen = {}
+    for name, module in names.items():
+        if id(module) in seen and list(module.buffers(recurse=False)):
+            raise ValueError(f"{seen[id(module)]} and {name} are one module with buffers; untie it")
+        seen[id(module)] = name
     plan = {}
 
     def place(name, module):
@@ -835,6 +822,7 @@ def make_plan(model, r, bare, skip):
             "nothing to convert: the model has no Linear, MultiheadAttention or patch Conv2d; "
             "its parameters would only be copied (r=None does that)"
         )
+    # "bare" becomes what the caller chose; where that is "error", check_bare has found none.
     action = {"error": "walk", "freeze": "freeze bare", "heads": "bare"}[bare]
     return {n: (action if kind == "bare" else kind, m) for n, (kind, m) in plan.items()}
 
@@ -854,15 +842,20 @@ def check_parameters(model):
 
 
 def find_kind(name, module, r, skip):
-    """Which owner a module's parameters get."""
-    own = list(module.parameters(recurse=False))
+    """Which owner a module's parameters get.
+
+    "linear", "conv", "attention" low-rank; "copies"; "bare" parameters beside children; "dropout";
+    "freeze" left as it is; "walk" nothing of its own, look at its children.
+    """
+    own, buffers = list(module.parameters(recurse=False)), list(module.buffers(recurse=False))
     if name in skip:
+        check_skip(name, module)
         return "freeze"
     if isinstance(module, nn.MultiheadAttention):
         if module.bias_k is not None or module.add_zero_attn or module.dropout:
             raise ValueError(
                 f"{name}: attention with dropout={module.dropout}, add_bias_kv or add_zero_attn "
-                "cannot be converted; build it without them, or name it in skip"
+                "cannot be converted; build it without them"
             )
         if not module.batch_first:
             raise ValueError(
@@ -876,13 +869,24 @@ def find_kind(name, module, r, skip):
         raise ValueError(f"{name}: {module} draws from the process's generator; use nn.Dropout")
     if list(module.children()) or isinstance(module, (nn.ParameterList, nn.ParameterDict)):
         return "bare" if any(p.requires_grad for p in own) else "walk"
-    if own and not any(p.requires_grad for p in own):
+    if own and not buffers and not any(p.requires_grad for p in own):
         return "walk"  # frozen by its author, and so it stays
     if r is not None and type(module) is nn.Linear:
         return "linear"
     if r is not None and PatchConv.fits(module):
         return "conv"
-    return "copies" if own or list(module.buffers(recurse=False)) else "walk"
+    return "copies" if own or buffers else "walk"
+
+
+def check_skip(name, module):
+    """What is left as it is must not draw random numbers or gather statistics: no head owns it."""
+    for child_name, child in module.named_modules():
+        drops = isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0
+        if drops or getattr(child, "running_mean", None) is not None:
+            raise ValueError(
+                f"skip={name!r} holds {child_name or name}, {child}: its masks or statistics would "
+                "depend on the process; set p=0, or do not skip it"
+            )
 
 
 def check_bare(modules, bare):
@@ -908,9 +912,8 @@ def build(kind, module, prefix, layout, factors):
 
     def linear(weight, bias, name):
         if factors["r"] is None:
-            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            plain.weight = weight
-            plain.bias = None if bias is None else nn.Parameter(bias.detach())
+            plain = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+            plain.weight, plain.bias = weight, bias
             return PerHead(plain, prefix + name, layout)
         return MultiheadLoRALinear.of(weight, bias, prefix + name, layout, **factors)
 
@@ -965,9 +968,14 @@ def merged_tensors(model):
 
 
 def layout_of(model):
-    for m in model.modules():
-        if isinstance(m, Merged):
-            return m.layout
+    """The layout that a model's layers share."""
+    layouts = {id(m.layout): m.layout for m in merged_tensors(model)}
+    if len(layouts) == 1:
+        return next(iter(layouts.values()))
+    if layouts:
+        raise ValueError(
+            f"this model holds {len(layouts)} separately converted parts; convert the whole once"
+        )
     raise ValueError("this model was not converted; call lte.convert first")
 
 
@@ -983,7 +991,7 @@ def merge(model, *, optimizer=None, reset="none", decay=1.0):
     """W <- decay W + (1/N) sum_n s (B_n A_n - B'_n A'_n); copies <- their mean. Collective.
 
     Right after it every head computes just what the merged model computes. A second merge with no
-    step in between changes nothing.
+    step in between (and decay 1) changes nothing.
 
     Args:
         reset: "none": factors and their optimizer state go on. "B": B <- 0. "AB": and a new A.
@@ -1012,13 +1020,13 @@ def merge_bucket(bucket, layout, decay):
 
     As many bytes as a reduce-scatter and an all-gather, but the order of addition is ours.
     """
-    partial = [tree_sum(m.delta, 0, layout.local) for m in bucket]
-    partial = [m.to_rows(p).view(layout.world, -1) for m, p in zip(bucket, partial, strict=True)]
-    arrived = all_to_all(torch.cat(partial, 1), layout)  # (P, this process's shards of the bucket)
+    sums = [tree_sum(m.delta, 0, layout.local) for m in bucket]  # over the heads here, (shape)
+    sums = [m.to_rows(x).view(layout.world, -1) for m, x in zip(bucket, sums, strict=True)]
+    arrived = all_to_all(torch.cat(sums, 1), layout)  # (P, the shards of this process)
     mean = tree_sum(lambda p: arrived[p], 0, layout.world) / layout.heads
     forward = []
     for m, m_mean in zip(bucket, mean.split([m.share * BLOCK for m in bucket]), strict=True):
-        share = m.master_share()
+        share = m.master_share()  # (share, 64), a view of the master
         share.mul_(decay if m.decays else 1.0).add_(m_mean.view(-1, BLOCK))
         forward.append(encode(share, m.base).view(torch.uint8).flatten())
     everyone = all_gather(torch.cat(forward), layout)  # (P, bytes)
@@ -1078,14 +1086,15 @@ def clip_grad_norm_(model, max_norm):
     heads are one model with one norm.
     """
     layout = layout_of(model)
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    learning = [p for p in model.parameters() if p.requires_grad and p.grad is not None]
     if not layout.parallel:
-        return nn.utils.clip_grad_norm_(model.parameters(), max_norm).expand(layout.heads)
-    norms = []
+        return nn.utils.clip_grad_norm_(learning, max_norm).expand(layout.heads)
+    grads, norms = [p.grad for p in learning], []
     for h in range(layout.local):
         mine = [g[h] for g in grads]
         norms.append(nn.utils.get_total_norm(mine))
-        torch._foreach_mul_(mine, (max_norm / (norms[-1] + 1e-6)).clamp(max=1.0))
+        if mine:
+            torch._foreach_mul_(mine, (max_norm / (norms[-1] + 1e-6)).clamp(max=1.0))
     return torch.stack(norms)
 
 
@@ -1103,7 +1112,8 @@ def merged_state_dict(model):
     """
     layout, tensors = layout_of(model), {}
     for name, tensor in model.state_dict().items():  # what convert left where it was
-        tensors[name.replace("_orig_mod.", "")] = tensor.detach().clone()
+        if (name := name.replace("_orig_mod.", "")) in layout.names:
+            tensors[name] = tensor.detach().clone()
     for m in model.modules():
         if isinstance(m, Merged):
             tensors[m.plain] = m.exact()

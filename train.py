@@ -1,0 +1,1089 @@
+"""Train a vision transformer or an MLP-Mixer with LoRA-the-Explorer, or with its rivals.
+
+    python train.py                                     one process runs all heads
+    torchrun --nproc_per_node=2 train.py                two processes run half of them each
+    python train.py --compare dense lora mhlora lte     one after the other, one table
+
+Methods, all on the same samples in the same order:
+    lte        N heads, each alone on its share of the batch, merged every T steps
+    mhlora     N heads, every one on every sample, one process: what LTE approximates
+    lora       one head, never merged: rank r is all it can reach
+    relora     one head, merged and started anew again and again
+    localsgd   N dense copies, averaged every T steps
+    dense      AdamW on all weights; under torchrun, torch's DistributedDataParallel
+"""
+
+import argparse
+import copy
+import csv
+import importlib.util
+import json
+import math
+import os
+import pickle
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision import datasets
+from torchvision.transforms import v2
+
+import lte
+
+# --------------------------------------------------------------------------------------------------
+# 1 models
+#
+# Shape letters: b samples, t tokens (patches), w width. Dimension 0 is always the batch, because
+# that is where lte.convert splits it over the LoRA heads; attention's own heads are attn_heads.
+# --------------------------------------------------------------------------------------------------
+
+MODELS = {
+    "vit-nano": dict(width=128, depth=4, attn_heads=4),
+    "vit-tiny": dict(width=192, depth=12, attn_heads=3),
+    "vit-small": dict(width=384, depth=12, attn_heads=6),
+    "vit-base": dict(width=768, depth=12, attn_heads=12),
+    "vit-large": dict(width=1024, depth=24, attn_heads=16),
+    "mixer-nano": dict(width=128, depth=4, token_mlp=64, channel_mlp=512),
+    "mixer-small": dict(width=512, depth=8, token_mlp=256, channel_mlp=2048),
+    "mixer-base": dict(width=768, depth=12, token_mlp=384, channel_mlp=3072),
+}
+
+
+def norm(width: int) -> nn.LayerNorm:
+    """LayerNorm without parameters: every trained number is then a matrix or a bias."""
+    return nn.LayerNorm(width, elementwise_affine=False)
+
+
+def mlp(width: int, hidden: int) -> nn.Sequential:
+    """(..., width) -> (..., width)."""
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+def sincos_positions(width: int, grid: int) -> Tensor:
+    """Fixed code of each patch's row and column at width / 4 wavelengths, (grid * grid, width)."""
+    frequencies = 10000.0 ** -torch.linspace(0, 1, width // 4)
+    angles = torch.arange(grid)[:, None] * frequencies  # (grid, w / 4)
+    waves = torch.cat([angles.sin(), angles.cos()], 1)  # (grid, w / 2)
+    rows, columns = waves[:, None].expand(-1, grid, -1), waves.expand(grid, -1, -1)
+    return torch.cat([rows, columns], 2).flatten(0, 1)
+
+
+def initialise(model: nn.Module) -> None:
+    """Xavier weights, zero biases.
+
+    A frozen base shapes the features all through training, so its scale must fit its layer: xavier
+    keeps the variance at every width, where one constant (0.02) would all but close a narrow net.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.flatten(1))  # a view: a patch is one long vector
+            nn.init.zeros_(module.bias)
+
+
+class ViTBlock(nn.Module):
+    """Pre-norm attention, then pre-norm MLP, (b, t, w) -> (b, t, w)."""
+
+    def __init__(self, width: int, attn_heads: int):
+        super().__init__()
+        self.attn_heads = attn_heads
+        self.norm1, self.norm2 = norm(width), norm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = mlp(width, 4 * width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm1(x)).unflatten(2, (3, self.attn_heads, -1))
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # each (b, attn_heads, t, w / attn_heads)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.proj(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class MixerBlock(nn.Module):
+    """Pre-norm MLP over the tokens, then one over the channels, (b, t, w) -> (b, t, w)."""
+
+    def __init__(self, width: int, tokens: int, token_mlp: int, channel_mlp: int):
+        super().__init__()
+        self.norm1, self.norm2 = norm(width), norm(width)
+        self.token_mlp, self.channel_mlp = mlp(tokens, token_mlp), mlp(width, channel_mlp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.token_mlp(self.norm1(x).transpose(1, 2)).transpose(1, 2)
+        return x + self.channel_mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """Vision transformer with fixed positions and mean pooling, (b, 3, h, h) -> (b, classes)."""
+
+    def __init__(self, classes: int, image_size: int, patch: int, width, depth, attn_heads):
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        # Not persistent: a saved model holds trained numbers only.
+        positions = sincos_positions(width, image_size // patch)
+        self.register_buffer("positions", positions, persistent=False)
+        self.blocks = nn.Sequential(*(ViTBlock(width, attn_heads) for _ in range(depth)))
+        self.norm, self.head = norm(width), nn.Linear(width, classes)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.positions  # (b, t, w)
+        return self.head(self.norm(self.blocks(x)).mean(1))
+
+
+class Mixer(nn.Module):
+    """MLP-Mixer, (b, 3, h, h) -> (b, classes); its token MLPs know the places of the patches."""
+
+    def __init__(self, classes, image_size, patch, width, depth, token_mlp, channel_mlp):
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        sizes = width, (image_size // patch) ** 2, token_mlp, channel_mlp
+        self.blocks = nn.Sequential(*(MixerBlock(*sizes) for _ in range(depth)))
+        self.norm, self.head = norm(width), nn.Linear(width, classes)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)  # (b, t, w)
+        return self.head(self.norm(self.blocks(x)).mean(1))
+
+
+def build_model(name: str, *, classes: int, image_size: int, patch: int | None = None) -> nn.Module:
+    """One of MODELS for square images of image_size pixels; weights from torch's global seed."""
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; choose one of {', '.join(MODELS)}")
+    if patch is None:  # 64 tokens for images of up to 64 pixels, 16 for the nano models
+        patch = 16 if image_size > 64 else max(1, image_size // (4 if "nano" in name else 8))
+    if patch < 1 or image_size % patch:
+        fits = ", ".join(str(p) for p in range(1, image_size + 1) if image_size % p == 0)
+        raise ValueError(f"patch {patch} does not divide the image size {image_size}; use {fits}")
+    kind = ViT if name.startswith("vit") else Mixer
+    return kind(classes, image_size, patch, **MODELS[name])
+
+
+# --------------------------------------------------------------------------------------------------
+# 2 shapes: a data set made on the spot
+# --------------------------------------------------------------------------------------------------
+
+
+def box(u: Tensor, v: Tensor, half_u: float, half_v: float) -> Tensor:
+    """A rectangle about the origin."""
+    return torch.maximum(u.abs() - half_u, v.abs() - half_v)
+
+
+def polygon(u: Tensor, v: Tensor, sides: int) -> Tensor:
+    """A regular polygon with its corners on the unit circle, one of them at the top."""
+    wedge = torch.atan2(u, v) % (2 * math.pi / sides) - math.pi / sides
+    return u.hypot(v) * wedge.cos() - math.cos(math.pi / sides)
+
+
+# Each is negative inside the shape and about the distance to its edge, in units of its radius. All
+# are their own mirror images in u, so that a flipped image is one that could have been made.
+SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "circle": lambda u, v: u.hypot(v) - 0.85,
+    "ring": lambda u, v: (u.hypot(v) - 0.75).abs() - 0.2,
+    "half-disc": lambda u, v: torch.maximum(u.hypot(v - 0.4) - 1, v - 0.4),
+    "triangle": lambda u, v: polygon(u, v, 3),
+    "square": lambda u, v: polygon(u, v, 4),
+    "pentagon": lambda u, v: polygon(u, v, 5),
+    "star": lambda u, v: u.hypot(v) - 0.65 - 0.3 * (5 * torch.atan2(u, v)).cos(),
+    "cross": lambda u, v: torch.minimum(box(u, v, 1, 0.3), box(u, v, 0.3, 1)),
+    "bar": lambda u, v: box(u, v, 1, 0.35),
+    "moon": lambda u, v: torch.maximum(u.hypot(v) - 1, 0.8 - u.hypot(v + 0.5)),
+}
+
+
+def paint_shapes(distance: Callable, n: int, draw: torch.Generator, size: int = 32) -> Tensor:
+    """n images of one shape on a shade, a stripe in front, noise, uint8 (n, 3, size, size)."""
+
+    def uniform(low: float, high: float, channels: int = 1) -> Tensor:
+        return torch.rand(n, channels, 1, 1, generator=draw) * (high - low) + low
+
+    def edge(d: Tensor) -> Tensor:  # d in image halves: 1 inside, 0 outside, one pixel between
+        return (0.5 - d * size / 2).clamp(0, 1)
+
+    x = torch.linspace(-1, 1, size).expand(1, 1, size, size)
+    y = x.transpose(2, 3)
+    slope_x, slope_y = uniform(-0.25, 0.25, 3), uniform(-0.25, 0.25, 3)
+    image = uniform(0, 0.5, 3) + slope_x * x + slope_y * y
+    cos, sin = (angle := uniform(0, 2 * math.pi)).cos(), angle.sin()
+    radius, dx, dy = uniform(0.5, 0.8), x - uniform(-0.1, 0.1), y - uniform(-0.1, 0.1)
+    inside = edge(radius * distance((cos * dx + sin * dy) / radius, (cos * dy - sin * dx) / radius))
+    image = image.lerp(uniform(0.5, 1, 3), inside)
+    angle = uniform(0, 2 * math.pi)
+    stripe = (angle.cos() * x + angle.sin() * y - uniform(-0.8, 0.8)).abs() - uniform(0.03, 0.06)
+    image = image.lerp(uniform(0, 1, 3), edge(stripe))
+    image += 0.05 * torch.randn(image.shape, generator=draw)
+    return image.clamp_(0, 1).mul_(255).round_().byte()
+
+
+def make_shapes(n: int, part: str) -> tuple[Tensor, Tensor]:
+    """n images uint8 (n, 3, 32, 32) and their labels (n,), always the same for the same part."""
+    draw = lte.generator("shapes", part)
+    labels = torch.randint(len(SHAPES), (n,), generator=draw)
+    images = torch.empty(n, 3, 32, 32, dtype=torch.uint8)
+    for label, distance in enumerate(SHAPES.values()):
+        rows = (labels == label).nonzero()[:, 0]
+        images[rows] = paint_shapes(distance, len(rows), draw)
+    return images, labels
+
+
+# --------------------------------------------------------------------------------------------------
+# 3 data: which samples form a step, and how they are changed
+#
+# Samples depend on (seed, step), augmentation on (seed, step, place in the global batch). A process
+# names the places it holds; what it gets for them does not depend on who holds the others.
+# --------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=2)  # a batch may reach over the end of an epoch
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """The n samples in the order of this epoch, (n,)."""
+    return torch.randperm(n, generator=lte.generator(seed, "epoch", epoch))
+
+
+def batch_indices(n: int, batch_size: int, seed: int, step: int) -> Tensor:
+    """The samples of one step, (batch_size,): the next places in an endless row of epochs."""
+    first, last = (step - 1) * batch_size, step * batch_size
+    epochs = range(first // n, (last - 1) // n + 1)
+    parts = (epoch_order(n, seed, e)[max(first - e * n, 0) : last - e * n] for e in epochs)
+    return torch.cat(list(parts))
+
+
+def normalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 (b, 3, h, w) -> float32; mean and std (3, 1, 1), of pixels from 0 to 255."""
+    return x.float().sub_(mean).div_(std)
+
+
+class InMemory:
+    """Small images of one size, kept on the device as uint8; a whole batch is changed at once."""
+
+    def __init__(self, train, test, classes, *, seed, device, augment, batch_size):
+        (images, labels), self.classes = train, classes
+        self.seed, self.device, self.batch_size = seed, device, batch_size
+        self.train_size, self.test_size = len(images), len(test[0])
+        self.image_size = images.shape[3]
+        self.random = augment == "crop-flip"
+        self.pad = 4 if self.random else 0
+        self.images = F.pad(images, [self.pad] * 4).to(device)  # padded once, not at every step
+        self.labels, self.test = labels.to(device), [part.to(device) for part in test]
+        counts = torch.stack([images[:, c].flatten().bincount(minlength=256) for c in range(3)])
+        levels, share = torch.arange(256.0), counts / counts.sum(1, keepdim=True)  # (3, 256)
+        mean = share @ levels
+        std = (share @ levels**2 - mean**2).sqrt().clamp(min=1)  # constant channels too
+        self.mean, self.std = (m.view(3, 1, 1).to(device) for m in (mean, std))
+
+    def train_batches(self, first_step: int, last_step: int, places: Tensor) -> Iterator:
+        """Yields x (len(places), 3, h, h), y (len(places),) for each step, last_step included."""
+        size, b = self.image_size, self.batch_size
+        windows = self.images.unfold(2, size, 1).unfold(3, size, 1)  # a view: every possible crop
+        for step in range(first_step, last_step + 1):
+            # Drawn for the whole global batch, then indexed: places stay independent of the split.
+            draw = lte.generator(self.seed, "augment", step)
+            shifts = torch.randint(2 * self.pad + 1, (2, b), generator=draw)
+            flips = (torch.rand(b, generator=draw) < 0.5) & self.random
+            rows = batch_indices(self.train_size, b, self.seed, step)
+            drawn = torch.stack([rows, *shifts, flips])[:, places].to(self.device)
+            x = windows[drawn[0], :, drawn[1], drawn[2]]
+            x = torch.where(drawn[3].bool().view(-1, 1, 1, 1), x.flip(3), x)
+            yield normalise(x, self.mean, self.std), self.labels[drawn[0]]
+
+    def test_batches(self, rank: int, world: int, size: int) -> Iterator:
+        """Yields this process's share of the test set, (x, y); the shares do not overlap."""
+        x, y = (part[rank::world] for part in self.test)
+        for start in range(0, len(y), size):
+            part = slice(start, start + size)
+            yield normalise(x[part], self.mean, self.std), y[part]
+
+
+class SeededItems(Dataset):
+    """What the workers run: (index, seed) -> uint8 image and class, every draw from the seed."""
+
+    def __init__(self, dataset: Dataset, transform: Callable):
+        self.dataset, self.transform = dataset, transform
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        index, seed = key
+        try:
+            image, label = self.dataset[index]
+        except OSError as error:  # where torchvision takes no reader of ours
+            name = type(self.dataset).__name__
+            raise ValueError(f"image {index} of {name} cannot be read: {error}") from error
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.transform(image), label
+
+
+class Streamed:
+    """Large images, read and augmented by worker processes, normalised on the device."""
+
+    GROUP = 16  # mixup and cutmix pair samples inside groups of this many consecutive places
+    MIX = {"mixup": (v2.MixUp, 0.2), "cutmix": (v2.CutMix, 1.0)}  # and alpha of Beta(alpha, alpha)
+
+    def __init__(self, train, test, classes, *, seed, device, augment, batch_size, workers=None):
+        self.classes, self.image_size = classes, 224
+        self.seed, self.device, self.batch_size = seed, device, batch_size
+        self.train_size, self.test_size = len(train), len(test)
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.workers = max(cores, 1) if workers is None else workers
+        plain = [v2.RGB(), v2.Resize(256), v2.CenterCrop(224), v2.PILToTensor()]
+        change = [v2.RGB(), v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+        if augment not in ("none", "crop-flip"):
+            change.insert(3, v2.RandAugment())
+        self.train = SeededItems(train, v2.Compose(plain if augment == "none" else change))
+        self.test = SeededItems(test, v2.Compose(plain))
+        mix, alpha = self.MIX.get(augment, (None, None))
+        self.mix = mix and mix(num_classes=len(classes), alpha=alpha)
+        # The usual constants of ImageNet, here for pixels from 0 to 255.
+        self.mean = 255 * torch.tensor([0.485, 0.456, 0.406], device=device).view(3, 1, 1)
+        self.std = 255 * torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
+
+    def load(self, items: SeededItems, batches: Iterator[list[tuple[int, int]]]) -> Iterator:
+        """Yields x (b, 3, 224, 224) and y (b,) for each list of (index, seed)."""
+        options = dict(num_workers=self.workers, pin_memory=self.device.type == "cuda")
+        options["generator"] = lte.generator(
+            "workers"
+        )  # else it would draw from torch's global one
+        try:
+            for x, y in DataLoader(items, batch_sampler=batches, **options):
+                x = normalise(x.to(self.device, non_blocking=True), self.mean, self.std)
+                yield x, y.to(self.device, non_blocking=True)
+        except ValueError as error:  # a worker wraps it in its traceback; the last line is ours
+            raise ValueError(str(error).rsplit("ValueError: ", 1)[-1].strip()) from None
+
+    def train_batches(self, first_step: int, last_step: int, places: Tensor) -> Iterator:
+        """Yields x (len(places), 3, 224, 224), y (len(places),) or, if mixed, (..., classes)."""
+        steps, firsts = range(first_step, last_step + 1), places[:: self.GROUP]
+        groups = (firsts[:, None] + torch.arange(self.GROUP)).flatten()
+        if self.mix and (not torch.equal(places, groups) or (firsts % self.GROUP).any()):
+            raise ValueError(
+                f"mixup and cutmix pair samples in groups of {self.GROUP} and cannot split "
+                f"{len(places)} places so; make every head's samples a multiple of {self.GROUP}"
+            )
+
+        def batches():
+            for step in steps:
+                rows = batch_indices(self.train_size, self.batch_size, self.seed, step)[places]
+                pairs = zip(rows.tolist(), places.tolist(), strict=True)
+                yield [
+                    (row, lte.seed_of(self.seed, "augment", step, place)) for row, place in pairs
+                ]
+
+        for step, (x, y) in zip(steps, self.load(self.train, batches()), strict=True):
+            yield self.mixed(x, y, step, firsts.tolist()) if self.mix else (x, y)
+
+    def mixed(self, x: Tensor, y: Tensor, step: int, firsts: list[int]) -> tuple[Tensor, Tensor]:
+        """Mixes each group by draws of its own: no partner lies in another head's slice."""
+        groups, parts = zip(firsts, x.split(self.GROUP), y.split(self.GROUP), strict=True), []
+        with torch.random.fork_rng(devices=[]):
+            for first, xs, ys in groups:
+                torch.manual_seed(lte.seed_of(self.seed, "mix", step, first))
+                parts.append(self.mix(xs, ys))
+        xs, ys = zip(*parts, strict=True)
+        return torch.cat(xs), torch.cat(ys)
+
+    def test_batches(self, rank: int, world: int, size: int) -> Iterator:
+        """Yields this process's share of the test set, (x, y); the shares do not overlap."""
+        rows = [(row, 0) for row in range(rank, self.test_size, world)]  # nothing is drawn: seed 0
+        return self.load(self.test, [rows[i : i + size] for i in range(0, len(rows), size)])
+
+
+# --------------------------------------------------------------------------------------------------
+# 4 data sets
+# --------------------------------------------------------------------------------------------------
+
+AUGMENT = "none", "crop-flip", "randaugment", "mixup", "cutmix"
+DATASETS = {  # what has to lie under the data folder
+    "shapes": "nothing",
+    "cifar10": "cifar-10-batches-py/ (--download fetches it)",
+    "cifar100": "cifar-100-python/ (--download fetches it)",
+    "caltech256": "caltech256/256_ObjectCategories/ (--download fetches it)",
+    "stanford_cars": "stanford_cars/ with devkit/, cars_train/, cars_test/ and "
+    "cars_test_annos_withlabels.mat (no download any more; needs scipy)",
+    "sun397": "SUN397/ (--download fetches it)",
+    "places365": "the small images and file lists of Places365 (--download fetches them)",
+    "imagenet": "ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar "
+    "as downloaded from image-net.org (needs scipy to read the first)",
+    "folder": "train/<class>/<image> and val/<class>/<image> or test/<class>/<image>",
+}
+
+
+def read_image(path: str):
+    """An RGB image of PIL; names the file that is broken."""
+    try:
+        return datasets.folder.default_loader(path)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as an image; replace or remove it") from error
+
+
+def split_in_two(dataset: Dataset, order: list[int]) -> tuple[Subset, Subset]:
+    """80 % for training, 20 % for testing, always the same: for data that come without a split."""
+    order = [
+        order[i] for i in torch.randperm(len(order), generator=lte.generator("split")).tolist()
+    ]
+    cut = len(order) * 4 // 5
+    return Subset(dataset, order[:cut]), Subset(dataset, order[cut:])
+
+
+def open_dataset(name: str, root: Path, download: bool) -> tuple[Dataset, Dataset, list]:
+    """torchvision's training set, test set and class names."""
+    match name:
+        case "cifar10" | "cifar100":
+            kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+            train, test = (kind(root, train=part, download=download) for part in (True, False))
+        case "caltech256":
+            whole = datasets.Caltech256(root, download=download)
+            return *split_in_two(whole, list(range(len(whole)))), whole.categories
+        case "sun397":
+            whole = datasets.SUN397(root, download=download, loader=read_image)
+            # Listed in the order of the file system, which differs from machine to machine.
+            order = sorted(range(len(whole)), key=lambda i: str(whole._image_files[i]))
+            return *split_in_two(whole, order), whole.classes
+        case "stanford_cars":
+            parts = "train", "test"
+            train, test = (datasets.StanfordCars(root, part, loader=read_image) for part in parts)
+        case "places365":
+            options = dict(small=True, download=download, loader=read_image)
+            train = datasets.Places365(root, "train-standard", **options)
+            test = datasets.Places365(root, "val", **options)
+        case "imagenet":
+            parts = "train", "val"
+            train, test = (datasets.ImageNet(root, part, loader=read_image) for part in parts)
+            return train, test, [names[0] for names in train.classes]
+        case "folder":
+            parts = "train", "val" if (root / "val").is_dir() else "test"
+            train, test = (datasets.ImageFolder(root / p, loader=read_image) for p in parts)
+            if differ := set(train.classes) ^ set(test.classes):
+                raise ValueError(
+                    f"training and test folders of {root} must hold the same classes; "
+                    f"only one of them has {', '.join(sorted(differ))}"
+                )
+    return train, test, train.classes
+
+
+def read_all(samples: list[tuple[str, int]], size: int) -> tuple[Tensor, Tensor]:
+    """All images of a folder, uint8 (n, 3, size, size), and their classes (n,)."""
+    images = torch.empty(len(samples), 3, size, size, dtype=torch.uint8)
+
+    def read(i: int) -> None:
+        image = read_image(samples[i][0])
+        if image.size != (size, size):
+            raise ValueError(
+                f"{samples[i][0]} is {image.width} x {image.height} pixels, the first image of the "
+                f"folder {size} wide; small images must be squares of one size"
+            )
+        images[i] = v2.functional.pil_to_tensor(image)
+
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(read, range(len(samples))):
+            pass
+    return images, torch.tensor([label for _, label in samples])
+
+
+def small_images(name: str, train: Dataset, test: Dataset) -> list[tuple[Tensor, Tensor]] | None:
+    """Both sets as tensors if the images are small and take less than 2 GB, else None."""
+    if name.startswith("cifar"):
+        sets = [(torch.from_numpy(part.data), torch.tensor(part.targets)) for part in (train, test)]
+        return [(images.permute(0, 3, 1, 2).contiguous(), labels) for images, labels in sets]
+    if name == "folder":
+        size = max(read_image(train.samples[0][0]).size)
+        if size <= 64 and 3 * size**2 * (len(train) + len(test)) < 2e9:
+            return [read_all(part.samples, size) for part in (train, test)]
+    return None
+
+
+def load_data(
+    name: str, root: str, *, augment="auto", download=False, workers: int | None = None, **options
+) -> InMemory | Streamed:
+    """Opens a data set, in memory if its images are small, else streamed.
+
+    Args:
+        root: the data folder; DATASETS says what has to lie in it.
+        augment: one of AUGMENT, or "auto": none for shapes, crop-flip for other small images,
+            randaugment for large ones.
+        workers: processes that read streamed images; None: this process's share of the cores.
+        options: seed, device, batch_size (samples per optimizer step, over all processes).
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown dataset {name!r}; choose one of {', '.join(DATASETS)}")
+    if augment not in ("auto", *AUGMENT):
+        raise ValueError(f"unknown augment {augment!r}; choose one of auto, {', '.join(AUGMENT)}")
+    if name == "shapes":
+        classes, small = list(SHAPES), [make_shapes(20_000, "train"), make_shapes(5_000, "test")]
+    else:
+        try:
+            train, test, classes = open_dataset(name, Path(root), download)
+        except (RuntimeError, OSError, ImportError) as error:  # torchvision's for a missing file
+            reason = str(error).split(". ")[0]
+            need = f"{root} must hold {DATASETS[name]}"
+            raise ValueError(f"cannot open {name} ({reason}); {need}") from error
+        small = small_images(name, train, test)
+    if small is None:
+        augment = "randaugment" if augment == "auto" else augment
+        return Streamed(train, test, classes, augment=augment, workers=workers, **options)
+    if augment == "auto":  # shapes were already placed and turned at random
+        augment = "none" if name == "shapes" else "crop-flip"
+    if augment not in ("none", "crop-flip"):
+        raise ValueError(f"augment {augment!r} needs large images; {name} takes none or crop-flip")
+    return InMemory(*small, classes, augment=augment, **options)
+
+
+# --------------------------------------------------------------------------------------------------
+# 5 arguments
+# --------------------------------------------------------------------------------------------------
+
+# What a method is where no flag says otherwise: its heads (None: --heads), steps between merges (0:
+# one merge, at the end), reset, rank and rate.
+METHODS = {
+    "lte": dict(heads=None, merge_every=4, reset="none", r=32, lr=1e-3),
+    "mhlora": dict(heads=None, merge_every=0, reset="none", r=32, lr=1e-3),
+    "lora": dict(heads=1, merge_every=0, reset="none", r=4, lr=1e-3),
+    "relora": dict(heads=1, merge_every=50, reset="AB", r=4, lr=1e-3),
+    "localsgd": dict(heads=None, merge_every=4, reset="none", r=32, lr=2e-3),
+    "dense": dict(heads=1, merge_every=0, reset="none", r=32, lr=2e-3),
+}
+ONE_PROCESS = ("mhlora", "lora", "relora")
+UNMERGED = ("mhlora", "lora", "dense")  # till the end: tested at any step, on a merged copy
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument_group("what to train").add_argument
+    add("--method", default="lte", choices=METHODS, help="how to train (lte)")
+    add("--model", default="vit-nano", choices=MODELS, help="architecture (vit-nano)")
+    add("--patch", type=int, help="patch side in pixels (8 nano, 4 at 32 px, 16 at 224 px)")
+    add("--dataset", default="shapes", choices=DATASETS, help="images (shapes, made on the spot)")
+    add("--data", default="data", metavar="DIR", help="where images are, or --download puts them")
+    add("--download", action="store_true", help="fetch the data set where torchvision can")
+    add(
+        "--augment",
+        default="auto",
+        choices=("auto", *AUGMENT),
+        help="of training images (auto: what suits the data set)",
+    )
+    add = parser.add_argument_group("the heads").add_argument
+    add("--heads", type=int, default=4, help="N, low-rank heads over all processes (4)")
+    add("--r", type=int, help="r, rank of one head (32; lora, relora: 4, one small head)")
+    add("--lora-alpha", type=float, help="s = lora_alpha / r (8 r, so s = 8)")
+    add("--init", default="orthogonal", choices=lte.INITS, help="how A starts (orthogonal)")
+    add("--base", default="fp32", choices=lte.BASES, help="storage of the frozen W (fp32)")
+    add("--merge-every", type=int, help="T, steps between merges (4; relora: 50)")
+    add("--reset", choices=("none", "B", "AB"), help="what lte starts anew at a merge (none)")
+    add = parser.add_argument_group("the optimization").add_argument
+    add("--steps", type=int, default=400, help="optimizer steps (400)")
+    add("--batch-size", type=int, default=256, help="samples a step, all processes (256)")
+    add("--accumulate", type=int, default=1, help="micro-batches a step (1)")
+    add("--lr", type=float, help="peak rate of AdamW (1e-3; dense, localsgd: 2e-3)")
+    add("--weight-decay", type=float, default=0.05, help="of matrices, W at merges (0.05)")
+    add("--warmup", type=int, default=50, help="steps of linear warm-up, then cosine (50)")
+    add("--clip", type=float, default=1.0, help="largest gradient norm, per head (1)")
+    add("--label-smoothing", type=float, default=0.0, help="share spread over all classes (0)")
+    add("--bf16", action="store_true", help="compute in bfloat16 (autocast)")
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--seed", type=int, default=0, help="of weights, order and augmentation (0)")
+    add = parser.add_argument_group("what comes out").add_argument
+    add("--out", default="out", metavar="DIR", help="log.csv, model.pt, result.json go here (out)")
+    add("--eval-every", type=int, help="steps between tests (a tenth of all)")
+    add("--eval-only", metavar="FILE", help="test this model.pt and stop")
+    add("--compare", nargs="+", choices=METHODS, help="train with each of these, one table")
+    add("--plot", action="store_true", help="draw OUT/plot.png (needs matplotlib)")
+    return parser
+
+
+RANGES = [
+    ("heads r steps batch_size accumulate merge_every eval_every", lambda n: n >= 1, "1 or more"),
+    ("warmup weight_decay", lambda x: x >= 0, "0 or more"),
+    ("lr lora_alpha clip", lambda x: 0 < x < math.inf, "above 0"),
+    ("label_smoothing", lambda x: 0 <= x < 1, "from 0 to below 1"),
+]
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    """The arguments, checked as far as they can be without data or model."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    args.world = int(os.environ.get("WORLD_SIZE", 1))
+    args.rank = int(os.environ.get("RANK", 0))
+    for names, fits, rule in RANGES:
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not fits(value):
+                parser.error(f"--{name.replace('_', '-')} {value}: must be {rule}")
+    if args.reset and args.method != "lte" and not args.compare:
+        parser.error(f"--reset is lte's alone; --method {args.method} has its own")
+    args.eval_every = args.eval_every or max(1, args.steps // 10)
+    for method in args.compare or [args.method]:
+        if error := layout_error(settle(args, method)):
+            parser.error(error)
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
+    return args
+
+
+def layout_error(run: argparse.Namespace) -> str | None:
+    """What is wrong with heads, processes and batch of one method's settled arguments."""
+    heads, world, batch = run.heads, run.world, run.batch_size
+    if run.method in ONE_PROCESS and world > 1:
+        return (
+            f"--method {run.method} runs on one process, but torchrun started {world}; "
+            "use `python train.py`"
+        )
+    if heads % world and run.method != "dense":
+        return f"--heads {heads} do not spread over {world} processes; use a multiple of {world}"
+    parts = math.lcm(heads, world) * run.accumulate
+    if batch % parts:
+        return (
+            f"--batch-size {batch} does not split into {heads} heads, {world} processes and "
+            f"{run.accumulate} micro-batches; use a multiple of {parts}"
+        )
+    if run.augment in ("mixup", "cutmix") and batch // heads % Streamed.GROUP:
+        return (
+            f"--augment {run.augment} mixes groups of {Streamed.GROUP} samples, but a head has "
+            f"{batch // heads}; make --batch-size / --heads a multiple of {Streamed.GROUP}"
+        )
+    return None
+
+
+def settle(args: argparse.Namespace, method: str) -> argparse.Namespace:
+    """A copy of args for one method, its own settings filled in where none was given."""
+    run, own = argparse.Namespace(**vars(args)), METHODS[method]
+    run.method = method
+    run.heads, run.workers = own["heads"] or args.heads, args.heads
+    run.r = own["r"] if args.r is None else args.r
+    run.lora_alpha = 8.0 * run.r if args.lora_alpha is None else args.lora_alpha
+    run.lr = own["lr"] if args.lr is None else args.lr
+    run.reset = args.reset if args.reset and method == "lte" else own["reset"]
+    run.merge_every = (args.merge_every or own["merge_every"]) if own["merge_every"] else args.steps
+    if method in ("dense", "localsgd"):  # nothing frozen, nothing to quantize
+        run.base = "fp32"
+    return run
+
+
+# --------------------------------------------------------------------------------------------------
+# 6 one step of training
+# --------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Rate of step 1 .. steps: warm-up, cosine to zero; relora warms up again after each merge."""
+    # 1) linear warm-up over the first steps
+    rate = args.lr * min(1.0, step / args.warmup) if args.warmup else args.lr
+    # 2) cosine from the end of the warm-up to zero one step after the last
+    progress = max(0, step - args.warmup) / max(1, args.steps + 1 - args.warmup)
+    rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    # 3) new factors start with empty moments: let them fill at a small rate
+    if args.reset != "none" and step > args.merge_every:
+        since = (step - 1) % args.merge_every + 1
+        rate *= min(1.0, since / min(args.warmup + 1, args.merge_every // 4 + 1))
+    return rate
+
+
+def new_model(args, data, device) -> nn.Module:
+    """The plain model, its weights drawn from the seed."""
+    torch.manual_seed(args.seed)
+    sizes = dict(classes=len(data.classes), image_size=data.image_size, patch=args.patch)
+    return build_model(args.model, **sizes).to(device)
+
+
+def make_model(args, data, device) -> nn.Module:
+    """The plain model, given to the heads that the method asks for."""
+    model = new_model(args, data, device)
+    if args.method == "dense":
+        wrap = args.world > 1
+        return nn.parallel.DistributedDataParallel(model) if wrap else model
+    factors = dict(r=args.r, lora_alpha=args.lora_alpha, init=args.init, base=args.base)
+    if args.method == "localsgd":
+        factors = dict(r=None)
+    parallel = args.method != "mhlora"
+    return lte.convert(model, heads=args.heads, parallel=parallel, seed=args.seed, **factors)
+
+
+def make_optimizer(args, model) -> torch.optim.Optimizer:
+    """AdamW. Weight decay only on dense matrices: for the heads W decays at the merge instead."""
+    matrix_dim = {"dense": 2, "localsgd": 3}.get(args.method, math.inf)  # copies are stacked
+    groups = [
+        dict(params=[p for p in model.parameters() if p.dim() >= matrix_dim]),
+        dict(params=[p for p in model.parameters() if p.dim() < matrix_dim], weight_decay=0.0),
+    ]
+    groups = [g for g in groups if g["params"]]
+    on_gpu = next(model.parameters()).is_cuda  # on a CPU, fused Adam's bits depend on the layout
+    return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=on_gpu)
+
+
+def train_step(model, forward, optimizer, x, y, args) -> Tensor:
+    """One optimizer step on this process's samples; returns each head's loss before it (n,)."""
+    heads = 1 if args.method in ("dense", "mhlora") else args.heads // args.world  # with own data
+    xs = x.unflatten(0, (heads, args.accumulate, -1))  # (n, micro-batches, b, 3, h, w)
+    ys = y.unflatten(0, (heads, args.accumulate, -1))
+    total = torch.zeros(heads, device=x.device)
+    for k in range(args.accumulate):
+        last = k == args.accumulate - 1
+        waits = args.method == "dense" and args.world > 1 and not last
+        with model.no_sync() if waits else nullcontext(), autocast(args, x.device):
+            logits = forward(xs[:, k].flatten(0, 1))
+            losses = F.cross_entropy(
+                logits.float(),
+                ys[:, k].flatten(0, 1),
+                reduction="none",
+                label_smoothing=args.label_smoothing,
+            )
+            loss = losses.mean() if args.method == "dense" else lte.head_loss(losses, model)
+            (loss / args.accumulate).backward()
+        total += losses.detach().view(heads, -1).mean(1) / args.accumulate
+    if args.method == "dense":
+        nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+    else:
+        lte.clip_grad_norm_(model, args.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
+
+
+def autocast(args, device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+
+
+@torch.no_grad()
+def evaluate(model, data, args, device) -> tuple[float, float]:
+    """(accuracy, mean loss in nats without smoothing); all processes share the test images."""
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # correct, loss, samples
+    for x, y in data.test_batches(args.rank, args.world, min(500, args.batch_size)):
+        with autocast(args, device):
+            logits = model(x).float()
+        loss = F.cross_entropy(logits, y, reduction="sum")
+        sums += torch.stack([(logits.argmax(1) == y).sum(), loss, y.new_tensor(len(y))]).double()
+    if args.world > 1:
+        dist.all_reduce(sums)
+    model.train()
+    correct, loss, samples = sums.tolist()
+    return correct / samples, loss / samples
+
+
+REMEDY = "lower --lr or --lora-alpha, or warm up longer"
+
+
+def check_finite(losses: list[Tensor], step: int, model, args) -> None:
+    """Stop before what is not a number is merged or saved; names step and head.
+
+    Args:
+        losses: of the steps up to `step` since the last check, each (heads here).
+    """
+    losses = torch.stack(losses)
+    first = args.rank * losses.shape[1]  # head of this process
+    if len(bad := (~losses.isfinite()).nonzero()):
+        past, head = bad[0].tolist()
+        raise FloatingPointError(
+            f"the loss of head {first + head} is {losses[past, head]:.4g} at step "
+            f"{step - len(losses) + past + 1}; {REMEDY}"
+        )
+    stacked = args.method != "dense"
+    for name, p in model.named_parameters():
+        bad = ~(p.flatten(1) if stacked else p.view(1, -1)).isfinite().all(1)
+        if bad.any():
+            head = first + bad.nonzero()[0].item()
+            raise FloatingPointError(
+                f"{name} of head {head} is not finite after step {step}; {REMEDY}"
+            )
+
+
+# --------------------------------------------------------------------------------------------------
+# 7 a run: the loop, and what it reports
+# --------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace, data, device: torch.device) -> dict:
+    """One run of one method; writes log.csv, model.pt, result.json and returns the last."""
+    model = make_model(args, data, device)
+    optimizer = make_optimizer(args, model)
+    forward = torch.compile(model) if args.compile else model
+    share = args.batch_size // args.world
+    places = torch.arange(args.rank * share, (args.rank + 1) * share)
+    report = Report(args, model, data, device)
+    decay, losses = 1.0, []
+
+    for step, (x, y) in enumerate(data.train_batches(1, args.steps, places), 1):
+        # ---- one step of training ----
+        rate = learning_rate(step, args)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = train_step(model, forward, optimizer, x, y, args)  # (heads here)
+        losses.append(loss)
+        if args.method not in UNMERGED:  # dense decays in AdamW, the others' W stays as it is
+            decay *= 1 - rate * args.weight_decay
+        due = step % args.merge_every == 0 or step == args.steps
+        if due or step % args.eval_every == 0:
+            check_finite(losses, step, model, args)
+            losses = []
+        if due and args.method != "dense":
+            reset = args.reset if step < args.steps else "none"
+            lte.merge(model, optimizer=optimizer, reset=reset, decay=decay)
+            decay = 1.0
+            report.merges += 1
+
+        # ---- everything below is only reporting ----
+        report.step(step, loss, rate, merged=due)
+    return report.finish()
+
+
+class Report:
+    """What a run tells: a progress line, log.csv, and at the end model.pt and result.json."""
+
+    COLUMNS = "step,images,lr,train_loss,test_loss,test_accuracy,bytes_sent,seconds,merges"
+
+    def __init__(self, args, model, data, device):
+        self.args, self.data, self.device = args, data, device
+        self.model = getattr(model, "module", model)  # without DistributedDataParallel around it
+        self.out, self.merges, self.next_test = Path(args.out), 0, args.eval_every
+        self.accuracy = self.test_loss = math.nan
+        if args.method == "dense":
+            self.parameters, owners = sum(p.numel() for p in model.parameters()), "all dense"
+        else:
+            owned = {kind: sum(sizes.values()) for kind, sizes in lte.census(model).items()}
+            self.parameters = sum(owned.values())
+            owners = ", ".join(f"{size:,} {kind}" for kind, size in owned.items())
+        # Where one process runs all heads nothing is sent; then what N workers would send.
+        self.workers = args.world if args.world > 1 else max(args.workers, 2)
+        self.dense_bytes = 8 * self.parameters * (self.workers - 1) / self.workers
+        self.say(f"{args.method}: {args.model} on {args.dataset}, {self.parameters:,} parameters")
+        self.say(f"their owners: {owners}")
+        if args.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / "log.csv").write_text(self.COLUMNS + "\n")
+        self.losses, self.testing = [], 0.0  # since the last test; seconds spent on tests
+        self.started = self.printed = time.perf_counter()
+
+    def say(self, line: str) -> None:
+        if self.args.rank == 0:
+            print(line, flush=True)
+
+    def bytes_sent(self, step: int) -> int:
+        """Bytes that left one process so far: counted, or computed for `workers` of them."""
+        if self.args.method == "dense":
+            return round(self.dense_bytes * step)
+        if self.args.world > 1:
+            return lte.layout_of(self.model).bytes_sent
+        if self.args.method in ONE_PROCESS:
+            return 0
+        return self.merges * lte.merge_bytes(self.model, self.workers)
+
+    def step(self, step: int, loss: Tensor, rate: float, merged: bool) -> None:
+        """A test when one is due and the merged model is new; a line every five seconds."""
+        self.losses.append(loss.mean())
+        every, new = self.args.eval_every, merged or self.args.method in UNMERGED
+        if new and step >= self.next_test or step == self.args.steps:
+            self.next_test = (step // every + 1) * every
+            self.test(step, rate)
+        elif time.perf_counter() - self.printed > 5:
+            self.progress(step)
+
+    def test(self, step: int, rate: float) -> None:
+        begun, model = time.perf_counter(), self.model
+        if self.args.method in ("lora", "mhlora"):
+            lte.merge(model := copy.deepcopy(model))
+        self.accuracy, self.test_loss = evaluate(model, self.data, self.args, self.device)
+        self.testing += time.perf_counter() - begun
+        self.progress(step)
+        row = (
+            f"{step},{step * self.args.batch_size},{rate:.6g},{self.train_loss():.5f},"
+            f"{self.test_loss:.5f},{self.accuracy:.5f},{self.bytes_sent(step)},"
+            f"{time.perf_counter() - self.started:.2f},{self.merges}"
+        )
+        if self.args.rank == 0:
+            with open(self.out / "log.csv", "a") as file:
+                file.write(row + "\n")
+        self.losses = []
+
+    def train_loss(self) -> float:
+        """Mean since the last test over the heads of this process."""
+        return torch.stack(self.losses).mean().item()
+
+    def seconds(self) -> float:
+        """Spent on training alone."""
+        return time.perf_counter() - self.started - self.testing
+
+    def progress(self, step: int) -> None:
+        self.printed, seconds = time.perf_counter(), self.seconds()
+        accuracy = "-" if math.isnan(self.accuracy) else f"{100 * self.accuracy:.1f} %"
+        self.say(
+            f"step {step}/{self.args.steps}  loss {self.train_loss():.3f}  accuracy {accuracy}  "
+            f"{step * self.args.batch_size / seconds:.0f} images/s  "
+            f"{self.bytes_sent(step) / 1e6:.1f} MB sent  "
+            f"{seconds / step * (self.args.steps - step):.0f} s left"
+        )
+
+    def finish(self) -> dict:
+        """Export, test what was exported, write model.pt and result.json (aside, then renamed)."""
+        args, seconds, sent = self.args, self.seconds(), self.bytes_sent(self.args.steps)
+        dense = args.method == "dense"
+        weights = self.model.state_dict() if dense else lte.merged_state_dict(self.model)
+        plain = new_model(args, self.data, self.device)
+        plain.load_state_dict(weights)
+        accuracy, loss = evaluate(plain, self.data, args, self.device)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"after step {args.steps} the test loss is {loss}; {REMEDY}")
+        names = "method dataset model heads r lora_alpha merge_every reset base steps batch_size lr"
+        result = {name: getattr(args, name) for name in (names + " seed").split()}
+        result |= dict(test_accuracy=accuracy, test_loss=loss)
+        if args.base != "fp32" and not dense:
+            result["test_accuracy_forward"] = self.accuracy
+        counted = args.world > 1 and not dense
+        result |= dict(
+            images_per_second=round(args.steps * args.batch_size / seconds, 1),
+            bytes_sent_per_step=round(sent / args.steps),
+            dense_bytes_per_step=round(self.dense_bytes),
+            bytes_are=f"{'counted' if counted else 'computed'} for {self.workers} processes",
+            processes=args.world,
+            seconds=round(seconds, 1),
+            torch=torch.__version__,
+            device=device_name(self.device),
+        )
+        if args.rank == 0:
+            write_aside(self.out / "model.pt", lambda path: torch.save(weights, path))
+            text = json.dumps(result, indent=2) + "\n"
+            write_aside(self.out / "result.json", lambda path: path.write_text(text))
+        for key, value in result.items():
+            self.say(f"{key}: {value}")
+        if sent and not dense:
+            fewer = self.dense_bytes * args.steps / sent
+            self.say(f"bytes: {fewer:.1f} times fewer than data parallel training sends")
+        self.say(f"model: {self.out / 'model.pt'}")
+        return result
+
+
+def write_aside(path: Path, write: Callable[[Path], object]) -> None:
+    """Written under another name, then renamed: the file is whole or not there."""
+    aside = path.with_name(path.name + ".new")
+    write(aside)
+    os.replace(aside, path)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads a process"
+
+
+# --------------------------------------------------------------------------------------------------
+# 8 the command line
+# --------------------------------------------------------------------------------------------------
+
+
+def start(args: argparse.Namespace) -> torch.device:
+    """This process's device, and the process group if torchrun started several."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= gpus:
+            raise ValueError(
+                f"process {local} of this machine has no GPU of its own, there are {gpus}; "
+                f"use --nproc_per_node={gpus}, or CUDA_VISIBLE_DEVICES= to run on the CPU"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if args.world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def eval_only(args, data, device) -> None:
+    """Test a model.pt that --model, --patch and --dataset describe."""
+    model = new_model(args, data, device)
+    try:
+        model.load_state_dict(torch.load(args.eval_only, map_location=device, weights_only=True))
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        TypeError,
+        AttributeError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise ValueError(
+            f"{args.eval_only} is not a model.pt of {args.model} on {args.dataset} "
+            f"({str(error).splitlines()[-1].strip()}); give the --model, --patch and --dataset "
+            "it was trained with"
+        ) from error
+    accuracy, loss = evaluate(model, data, args, device)
+    if args.rank == 0:
+        print(f"test_accuracy: {accuracy}\ntest_loss: {loss}")
+
+
+def print_table(results: list[dict]) -> None:
+    print("\n| method | test accuracy | test loss | bytes a step | images/s | seconds |")
+    print("|---|--:|--:|--:|--:|--:|")
+    for r in results:
+        sent = f"{r['bytes_sent_per_step']:,}" if r["method"] not in ONE_PROCESS else "one process"
+        print(
+            f"| {r['method']} | {100 * r['test_accuracy']:.2f} % | {r['test_loss']:.4f} "
+            f"| {sent} | {r['images_per_second']:.0f} | {r['seconds']:.0f} |"
+        )
+
+
+def draw_plot(folders: dict[str, Path], file: Path) -> None:
+    """Accuracy against steps and against bytes sent, from each run's log.csv."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True)
+    for method, folder in folders.items():
+        with open(folder / "log.csv") as log:
+            rows = list(csv.DictReader(log))
+        accuracy = [100 * float(row["test_accuracy"]) for row in rows]
+        left.plot([int(row["step"]) for row in rows], accuracy, label=method)
+        if method not in ONE_PROCESS:
+            right.semilogx([int(row["bytes_sent"]) for row in rows], accuracy, label=method)
+    left.set(xlabel="optimizer steps", ylabel="test accuracy (%)")
+    right.set(xlabel="bytes sent by one process")
+    left.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def run(args: argparse.Namespace) -> None:
+    device = start(args)
+    options = dict(augment=args.augment, seed=args.seed, device=device, batch_size=args.batch_size)
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # one process a machine downloads and unpacks
+    if args.world > 1 and not first:
+        dist.barrier()
+    data = load_data(args.dataset, args.data, download=args.download and first, **options)
+    if args.world > 1 and first:
+        dist.barrier()
+    if args.eval_only:
+        return eval_only(args, data, device)
+    runs = {args.method: settle(args, args.method)}
+    if args.compare:
+        runs = {method: settle(args, method) for method in args.compare}
+        for method, one in runs.items():
+            one.out = str(Path(args.out) / method)
+    results = [train(one, data, device) for one in runs.values()]
+    if args.rank == 0:
+        if args.compare:
+            print_table(results)
+        if args.plot:
+            file = Path(args.out) / "plot.png"
+            draw_plot({name: Path(one.out) for name, one in runs.items()}, file)
+            print(f"plot: {file}")
+
+
+def main(argv=None) -> None:
+    args = parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, ImportError, FloatingPointError) as error:  # what a user can put right
+        sys.exit(f"train.py: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

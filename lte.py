@@ -2,8 +2,8 @@
 
 Every weight W is frozen, and may be stored in 4 bits. N heads, each a LoRA pair (A, B), learn alone
 on their own share of the data for T steps; then the mean of what they learnt is merged into W, and
-they go on. Nothing is sent between merges, and over the training the update reaches rank N r.
-One process may run all heads, or P processes N / P each: the result is the same.
+they go on. Nothing is sent between merges, and the merged update can reach rank N r. One process
+may run all heads, or P processes N / P each: the result is the same.
 
     given W, T, s = lora_alpha / r;  A_n semi-orthogonal, B_n = 0,  A'_n = A_n, B'_n = B_n
     repeat
@@ -324,13 +324,23 @@ def formed_is_cheaper(tokens, o, i):
     return tokens * (o + i) > o * i
 
 
+# The last bits of a product may depend on where its operands lie in memory. So that they do not
+# depend on which of the heads here one is, each head's operands and results start a cache line.
+
+
 def aligned(x):
-    """x at an address that does not depend on which of the heads here it is: last bits may."""
     return x if torch.compiler.is_compiling() or x.data_ptr() % 64 == 0 else x.clone()
 
 
+def aligned_empty(like, n, rows, columns):
+    """(n, rows, columns), not filled; gaps between the n where they would not be aligned."""
+    line = 64 // like.element_size()
+    stride = math.ceil(rows * columns / line) * line
+    return like.new_empty_strided((n, rows, columns), (stride, columns, 1))
+
+
 class HeadProduct(torch.autograd.Function):
-    """y = x (W + s U V)^T for one head: x (M, i), A (r, i), B (o, r) -> y (M, o).
+    """y = x (W + s U V)^T, head by head: x (n, M, i), A (n, r, i), B (n, o, r) -> y (n, M, o).
 
         dx = g (W + s U V),    dB = s g^T (x A^T),    dA = s (g B)^T x
 
@@ -343,33 +353,39 @@ class HeadProduct(torch.autograd.Function):
     def forward(ctx, x, A, B, merged_A, merged_B, W, s, rows, base):
         device, ctx.x_dtype, ctx.s, ctx.base = x.device.type, x.dtype, s, base
         autocast = torch.is_autocast_enabled(device)
-        x = aligned(x).to(torch.get_autocast_dtype(device) if autocast else x.dtype)
+        x = x.to(torch.get_autocast_dtype(device) if autocast else x.dtype)
         ctx.save_for_backward(x, A, B, merged_A, merged_B, rows)
+        y = aligned_empty(x, *x.shape[:2], len(W))  # (n, M, o), the products are written in place
         with torch.autocast(device, enabled=False):
-            U, V = factor_update(A, B, merged_A, merged_B)
-            if formed_is_cheaper(len(x), *W.shape):
-                return x @ torch.addmm(W, s * U, V).to(x.dtype).mT
-            U, V, W = (s * U).to(x.dtype), V.to(x.dtype), W.to(x.dtype)
-            return x @ W.mT + x @ V.mT @ U.mT
+            for n, x_n in enumerate(map(aligned, x)):
+                U, V = factor_update(A[n], B[n], merged_A[n], merged_B[n])
+                if formed_is_cheaper(len(x_n), *W.shape):
+                    torch.mm(x_n, torch.addmm(W, s * U, V).to(x.dtype).mT, out=y[n])
+                else:
+                    torch.mm(x_n, W.to(x.dtype).mT, out=y[n])
+                    y[n].addmm_(x_n @ V.to(x.dtype).mT, (s * U).to(x.dtype).mT)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x, A, B, merged_A, merged_B, rows = ctx.saved_tensors
-        s, o, i = ctx.s, len(B), A.shape[1]
+        s, o, i = ctx.s, B.shape[1], A.shape[2]
+        dx, dA, dB = aligned_empty(x, *x.shape), torch.empty_like(A), torch.empty_like(B)
+        W = decode(rows, ctx.base, A.dtype).flatten()[: o * i].view(o, i)
         with torch.autocast(g.device.type, enabled=False):
-            g, dx = aligned(g), None
-            if ctx.needs_input_grad[0]:
-                W = decode(rows, ctx.base, A.dtype).flatten()[: o * i].view(o, i)
-                U, V = factor_update(A, B, merged_A, merged_B)
-                if formed_is_cheaper(len(x), o, i):
-                    dx = g @ torch.addmm(W, s * U, V).to(g.dtype)
+            for n, (x_n, g_n) in enumerate(zip(map(aligned, x), map(aligned, g), strict=True)):
+                dB[n] = s * (g_n.mT @ (x_n @ aligned(A[n]).to(x.dtype).mT))
+                dA[n] = s * ((g_n @ aligned(B[n]).to(x.dtype)).mT @ x_n)
+                if not ctx.needs_input_grad[0]:
+                    continue
+                U, V = factor_update(A[n], B[n], merged_A[n], merged_B[n])
+                if formed_is_cheaper(len(x_n), o, i):
+                    torch.mm(g_n, torch.addmm(W, s * U, V).to(x.dtype), out=dx[n])
                 else:
-                    dx = g @ W.to(g.dtype) + g @ (s * U).to(g.dtype) @ V.to(g.dtype)
-                dx = dx.to(ctx.x_dtype)
-            dB = s * (g.mT @ (x @ aligned(A).to(x.dtype).mT))
-            dA = s * ((g @ aligned(B).to(x.dtype)).mT @ x)
-        return dx, dA.to(A.dtype), dB.to(B.dtype), *[None] * 6
+                    torch.mm(g_n, W.to(x.dtype), out=dx[n])
+                    dx[n].addmm_(g_n @ (s * U).to(x.dtype), V.to(x.dtype))
+        return dx.to(ctx.x_dtype) if ctx.needs_input_grad[0] else None, dA, dB, *[None] * 6
 
 
 def side_by_side(A, B):
@@ -391,17 +407,16 @@ class MultiheadLoRALinear(Merged):
         r: rank of one head, cut to min(in_features, out_features); scaling stays lora_alpha / r.
         base: how W is stored, one of BASES; init: how A starts, one of INITS (B starts at zero).
     Usually made by convert; a layer built by hand is a model of its own, with its own merges.
-    Source: equations of sections 3.1 (multi-head LoRA) and 3.2 (LTE) of the paper.
+    Source: the paper's equations of multi-head LoRA and of LTE.
     """
 
     decays = True
 
     def __init__(self, in_features, out_features, *, heads, r, lora_alpha, bias=True, base="fp32",
                  parallel=True, init="orthogonal", seed=0):
-        linear = nn.Linear(in_features, out_features, bias=bias)
-        layout = Layout(heads, parallel, seed)
-        layout.names = list(linear.state_dict())
         check_options(r=r, lora_alpha=lora_alpha, base=base, init=init)
+        layout, linear = Layout(heads, parallel, seed), nn.Linear(in_features, out_features, bias)
+        layout.names = list(linear.state_dict())
         broadcast(linear, layout)
         self.setup(linear.weight, linear.bias, layout, r, lora_alpha, base, init)
 
@@ -457,13 +472,10 @@ class MultiheadLoRALinear(Merged):
         else:  # all samples to one head of rank N r, with s / N
             s, x_n = self.scaling / self.layout.heads, x.reshape(1, -1, self.in_features)
             now, then = side_by_side(*now), side_by_side(*then)
-        factors = zip(*(f.unbind(0) for f in (*now, *then)), strict=True)
-        W = (self.weight, s, self.rows, self.base)
-        y_n = [HeadProduct.apply(x, *f, *W) for x, f in zip(x_n.unbind(0), factors, strict=True)]
-        y_n = torch.stack(y_n)  # (n, b t, o)
+        y_n = HeadProduct.apply(x_n, *now, *then, self.weight, s, self.rows, self.base)
         if bias is not None:
-            y_n = y_n + bias.view(len(y_n), 1, -1).to(y_n.dtype)
-        return y_n.view(*x.shape[:-1], self.out_features)
+            y_n += bias.view(len(y_n), 1, -1)  # in place: y is large
+        return y_n.reshape(*x.shape[:-1], self.out_features)
 
     def delta(self, h):
         """s (B A - B' A') of the h-th head of this process, in the weight's shape."""
@@ -567,9 +579,8 @@ class PerHead(nn.Module):
         outputs = []
         for h in range(self.layout.local):
             own = [aligned(x[h]) if isinstance(x, torch.Tensor) else x for x in chunks]
-            outputs.append(
-                call({name: heads[h] for name, heads in state.items()}, *tree_unflatten(own, spec))
-            )
+            own_state = {name: heads[h] for name, heads in state.items()}
+            outputs.append(call(own_state, *tree_unflatten(own, spec)))
         return tree_map(lambda *y: torch.cat(y) if torch.is_tensor(y[0]) else y[0], *outputs)
 
     def keep_buffers(self, copies, state):

@@ -902,6 +902,11 @@ def test_every_parameter_of_attention_has_an_owner_that_learns(kdim):
     assert all(p.grad is not None and p.grad.any() for p in ours.parameters())
 
 
+def test_a_causal_hint_without_a_mask_is_refused_as_pytorch_does():
+    with pytest.raises(ValueError, match="give attn_mask as well"):
+        convert(attention())(tokens(5), tokens(5), tokens(5), is_causal=True)
+
+
 def test_attention_over_one_unbatched_sequence_is_refused():
     x = tokens(5)[0]
     with pytest.raises(ValueError, match="2-d input: heads need a batch"):
@@ -1100,6 +1105,22 @@ def test_what_its_author_froze_stays_frozen():
     assert lte.census(model)["frozen"].keys() == {"1.bias", "3.weight"}
 
 
+def test_a_frozen_batchnorm_still_gathers_statistics_for_each_head():
+    model = nn.Sequential(nn.Linear(IN, OUT), nn.BatchNorm1d(OUT).requires_grad_(False)).double()
+    model = convert(model)
+    x, _ = batch()
+    answer = model(x)
+    x[B : 2 * B] += 1  # head 1's samples are no business of head 0 and 2
+    others = [*range(B), *range(2 * B, 3 * B)]
+    same(model(x)[others], answer[others])
+
+
+def test_two_converted_parts_are_not_one_model():
+    model = nn.Sequential(convert(nn.Linear(IN, OUT)), convert(nn.Linear(OUT, IN)))
+    with pytest.raises(ValueError, match="2 separately converted parts; convert the whole once"):
+        lte.merge(model)
+
+
 def test_what_is_skipped_stays_dense_and_frozen():
     model = convert(net(), skip=["0", "1"])
     assert type(model[0]) is nn.Linear and type(model[1]) is nn.LayerNorm
@@ -1125,6 +1146,11 @@ def test_the_root_may_be_the_only_layer():
     assert list(lte.merged_state_dict(layer)) == ["weight", "bias"]
 
 
+def batch_norm(times=1):
+    norm = nn.BatchNorm1d(OUT, affine=False)
+    return nn.Sequential(nn.Linear(IN, OUT), *[norm] * times)
+
+
 def tied():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
@@ -1140,6 +1166,8 @@ def tied():
         (lambda: nn.Sequential(nn.ReLU()), {}, "nothing to convert"),
         (net, {"skip": ["0", "3"]}, "nothing to convert"),
         (net, {"skip": ["7"]}, r"skip names no module: \['7'\]"),
+        (lambda: batch_norm(2), {}, "1 and 2 are one module with buffers"),
+        (batch_norm, {"skip": ["1"]}, "skip='1' holds 1, BatchNorm1d"),
         (net, {"base": "int4"}, "base='int4' is not known; choose one of fp32, bf16, int8"),
         (net, {"init": "zeros"}, "init='zeros' is not known; choose one of orthogonal"),
         (vit, {"bare": "copy"}, "bare='copy' is not known; choose one of error, freeze, heads"),
@@ -1635,6 +1663,13 @@ def test_clipping_leaves_small_gradients_as_they_are():
     same({name: p.grad for name, p in model.named_parameters()}, before)
 
 
+def test_clipping_looks_at_what_heads_learn_only():
+    model = convert(net(), skip=["0"])
+    assert not lte.clip_grad_norm_(model, 1.0).any()  # no gradients yet
+    model[0].weight.grad = torch.ones_like(model[0].weight)  # left over from a life before
+    assert not lte.clip_grad_norm_(model, 1.0).any() and model[0].weight.grad.all()
+
+
 def test_multi_head_lora_is_clipped_as_one_model():
     model = seasoned(net(), parallel=False)
     grads = gradients(model, loss(model, *batch()))
@@ -1893,11 +1928,40 @@ def test_every_method_trains_and_tells_what_it_did(small, tmp_path, method, caps
     assert f"test_accuracy: {result['test_accuracy']}\n" in capsys.readouterr().out
 
 
-def test_micro_batches_add_up_to_the_step_of_the_whole_batch(small, tmp_path):
+def test_micro_batches_add_up_to_the_step_of_the_whole_batch(small, tmp_path, monkeypatch):
+    """With SGD: Adam and clipping would hide a loss that is twice too large."""
+    sgd = lambda args, model: torch.optim.SGD(model.parameters(), 1e-3)  # noqa: E731
+    monkeypatch.setattr(train, "make_optimizer", sgd)
     for k in (1, 2):
         run_train(tmp_path / str(k), "--steps", 3, "--accumulate", k, "--clip", 1e9)
     whole, parts = (torch.load(tmp_path / str(k) / "model.pt") for k in (1, 2))
-    close(whole, parts, rtol=1e-3, atol=1e-4)
+    close(whole, parts, rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_leaves_no_gradient_behind(small):
+    args = train.settle(train.parse_args(["--batch-size", "16"]), "lte")
+    data, device = small(batch_size=16), torch.device("cpu")
+    model = train.make_model(args, data, device)
+    x, y = next(data.train_batches(1, 1, torch.arange(16)))
+    losses = train.train_step(model, model, train.make_optimizer(args, model), x, y, args)
+    assert losses.shape == (4,) and all(p.grad is None for p in model.parameters())
+
+
+def test_relora_starts_anew_at_every_merge_but_the_last(small, tmp_path, monkeypatch):
+    resets, merge = [], lte.merge
+    monkeypatch.setattr(
+        lte, "merge", lambda model, **k: (resets.append(k["reset"]), merge(model, **k))[1]
+    )
+    run_train(tmp_path, "--method", "relora", "--steps", 6, "--merge-every", 2)
+    assert resets == ["AB", "AB", "none"]
+
+
+@pytest.mark.parametrize("method", ["lora", "mhlora"])
+def test_one_that_never_merges_does_not_notice_that_it_is_tested(small, tmp_path, method):
+    for every in (1, 4):
+        run_train(tmp_path / str(every), "--method", method, "--steps", 4, "--eval-every", every)
+    often, once = (torch.load(tmp_path / str(every) / "model.pt") for every in (1, 4))
+    same(often, once)
 
 
 def test_compare_prints_one_table(small, tmp_path, capsys):

@@ -297,6 +297,7 @@ class Merged(nn.Module):
         return self.from_rows(decode(self.rows, self.base, self.dtype))
 
     def master_share(self):
+        """(share, 64), this process's part of the master: a view, to be changed in place."""
         return self.rows[self.mine] if self.master is None else self.master
 
     def exact(self):
@@ -324,16 +325,17 @@ def formed_is_cheaper(tokens, o, i):
     return tokens * (o + i) > o * i
 
 
-# The last bits of a product may depend on where its operands lie in memory. So that they do not
-# depend on which of the heads here one is, each head's operands and results start a cache line.
-
-
 def aligned(x):
+    """x, copied where it does not start a cache line.
+
+    The last bits of a product may depend on where its operands lie. A head's lie differently where
+    it has other neighbours, so all of them, and the results, start a cache line.
+    """
     return x if torch.compiler.is_compiling() or x.data_ptr() % 64 == 0 else x.clone()
 
 
 def aligned_empty(like, n, rows, columns):
-    """(n, rows, columns), not filled; gaps between the n where they would not be aligned."""
+    """(n, rows, columns), not filled, with gaps between the n where they would not be aligned."""
     line = 64 // like.element_size()
     stride = math.ceil(rows * columns / line) * line
     return like.new_empty_strided((n, rows, columns), (stride, columns, 1))
@@ -732,9 +734,8 @@ class BareCopies(nn.ModuleDict):
     def lend(self, owner, args, kwargs):
         samples = next(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)).shape[0]
         for name, copies in self.items():
-            setattr(
-                owner, name, copies.per_sample(samples).squeeze(1)
-            )  # (n b, 1, ...) -> (n b, ...)
+            rows = copies.per_sample(samples)  # (n b, 1, ...)
+            setattr(owner, name, rows.squeeze(1))
 
     def take_back(self, owner, args, output):
         for name in self:
@@ -787,6 +788,7 @@ def convert(model, *, heads, r, lora_alpha=None, base="fp32", parallel=True, ini
 
 
 def check_options(*, r, lora_alpha, base, init, bare="error"):
+    """One sentence for a value that convert does not take; imports bitsandbytes if it is needed."""
     if r is not None and not (isinstance(r, int) and r >= 1 and lora_alpha and lora_alpha > 0):
         raise ValueError(
             f"r={r}, lora_alpha={lora_alpha}: r must be an integer from 1 on, lora_alpha above 0"
@@ -822,9 +824,8 @@ def make_plan(model, r, bare, skip):
         plan[name] = kind, module
         if kind in ("walk", "bare"):
             for child_name, child in module._modules.items():  # one used twice comes twice
-                if child is None:
-                    continue
-                place(f"{name}.{child_name}" if name else child_name, child)
+                if child is not None:
+                    place(f"{name}.{child_name}" if name else child_name, child)
 
     place("", model)
     check_bare({n: m for n, (kind, m) in plan.items() if kind == "bare"}, bare)
@@ -975,6 +976,7 @@ def census(model):
 
 
 def merged_tensors(model):
+    """Every Merged of a model, in the order of its modules: the same on all processes."""
     return [m for m in model.modules() if isinstance(m, Merged)]
 
 
@@ -1059,6 +1061,7 @@ def buckets(tensors):
 
 
 def check_reset(tensors, reset, optimizer):
+    """A known reset, and for one that resets the optimizer whose state it must clear."""
     if reset not in ("none", "B", "AB"):
         raise ValueError(f"reset={reset!r} is not known; choose one of none, B, AB")
     if reset == "none":

@@ -785,14 +785,13 @@ def check_finite(losses: list[Tensor], step: int, model, args) -> None:
             f"the loss of head {first + head} is {losses[past, head]:.4g} at step "
             f"{step - len(losses) + past + 1}; {REMEDY}"
         )
-    stacked = args.method != "dense"
-    for name, p in model.named_parameters():
-        bad = ~(p.flatten(1) if stacked else p.view(1, -1)).isfinite().all(1)
-        if bad.any():
-            head = first + bad.nonzero()[0].item()
-            raise FloatingPointError(
-                f"{name} of head {head} is not finite after step {step}; {REMEDY}"
-            )
+    names, weights = zip(*model.named_parameters(), strict=True)
+    per_head = [p.flatten(1) if args.method != "dense" else p.view(1, -1) for p in weights]
+    if len(bad := torch.stack([~w.isfinite().all(1) for w in per_head]).nonzero()):
+        which, head = bad[0].tolist()
+        raise FloatingPointError(
+            f"{names[which]} of head {first + head} is not finite after step {step}; {REMEDY}"
+        )
 
 
 # --------------------------------------------------------------------------------------------------

@@ -501,7 +501,8 @@ def test_the_layers_derivatives_are_those_of_its_values(parallel, samples):
 
 
 @pytest.mark.parametrize(
-    "i, o, tokens, r", [(64, 10, 34, 1), (128, 384, 51, 3), (17, 33, 40, 3), (128, 96, 1, 3)]
+    "i, o, tokens, r",
+    [(64, 10, 34, 1), (128, 384, 51, 3), (17, 33, 40, 3), (128, 96, 1, 3), (61, 126, 1, 6)],
 )
 def test_a_heads_last_bits_do_not_depend_on_its_neighbours(i, o, tokens, r):
     """Odd sizes put a head's slice where a matrix product may round differently."""

@@ -33,10 +33,12 @@ Glossary: symbol, name in the code, meaning
     B_n     lora_B          (n, out, r)
     A', B'  merged_A, _B    the factors as they were at the last merge
     s       scaling         lora_alpha / r, with r as given; 1/N is never part of it
+    U, V    U, V            (out, 2r), (2r, in): U V = B A - B' A', a head's update since the merge
+            delta(h)        s U V, what the h-th head here adds at the next merge
     W       weight          (out, in), decoded from the base
             Copies.heads    (n, *shape), what is copied for each head instead
             base            how W is stored for the forward pass; the master is its exact fp32 value
-    in shapes: b samples of one head, t tokens, i in, o out
+    in shapes: b samples of one head, t tokens of a sample, M = b t, i in, o out
 
 Source: Huh, Cheung, Bernstein, Isola, Agrawal, "Training Neural Networks from Scratch with Parallel
 Low-Rank Adapters", arXiv 2402.16828. What differs from the paper and from the authors' public code:

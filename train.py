@@ -1050,11 +1050,13 @@ def draw_plot(folders: dict[str, Path], file: Path) -> None:
 def run(args: argparse.Namespace) -> None:
     device = start(args)
     options = dict(augment=args.augment, seed=args.seed, device=device, batch_size=args.batch_size)
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0  # one process a machine downloads and unpacks
-    if args.world > 1 and not first:
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    # What is fetched, or unpacked when first opened, one process a machine opens before the rest.
+    in_turn = args.world > 1 and (args.download or args.dataset == "imagenet")
+    if in_turn and not first:
         dist.barrier()
     data = load_data(args.dataset, args.data, download=args.download and first, **options)
-    if args.world > 1 and first:
+    if in_turn and first:
         dist.barrier()
     if args.eval_only:
         return eval_only(args, data, device)

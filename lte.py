@@ -54,8 +54,18 @@ heads own - 6 convert - 7 merge - 8 training helpers - 9 export and counts
 """
 
 import hashlib
+import json
 import math
+import os
+import re
+import shutil
+import warnings
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from threading import Thread
 
 import torch
 import torch.distributed as dist
@@ -70,6 +80,12 @@ __version__ = "0.1.0"
 # ------------------------------------------------------------------------------------------------
 
 
+def processes():
+    """(this process's rank, how many there are): (0, 1) where no group was started."""
+    running = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
+
+
 @dataclass
 class Layout:
     """What all layers of one converted model share: the heads, the processes, the merges so far."""
@@ -80,13 +96,13 @@ class Layout:
     world: int = field(init=False)  # P
     rank: int = field(init=False)
     merges: int = field(init=False, default=0)
+    left_out: int = field(init=False, default=0)  # heads that a merge left out, all together
     bytes_sent: int = field(init=False, default=0)  # that left this process, all merges together
+    in_flight: object = field(init=False, default=None)  # the MergeWork that was not waited for
     names: list = field(init=False, default_factory=list)  # the plain model's state dict keys
 
     def __post_init__(self):
-        running = dist.is_available() and dist.is_initialized()
-        self.world = dist.get_world_size() if running else 1
-        self.rank = dist.get_rank() if running else 0
+        self.rank, self.world = processes()
         if self.heads < 1:
             raise ValueError(f"heads={self.heads}: at least one head is needed")
         if self.heads % self.world:
@@ -128,24 +144,63 @@ def tree_sum(term, first, count):
     return tree_sum(term, first, left) + tree_sum(term, first + left, count - left)
 
 
-def all_gather(mine, layout):
-    """(bytes) of every process -> (P, bytes); counts what leaves this one on a ring."""
+class ProcessLost(RuntimeError):
+    """Another process ended, failed, or let the others wait longer than the group's timeout."""
+
+
+@contextmanager
+def collective(what):
+    """Whatever a backend says when a process is gone, said in one sentence, as ProcessLost."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo's and NCCL's: their texts differ with what was cut off
+        reason = str(error).strip().splitlines()[0]
+        raise ProcessLost(
+            f"{what}: another process has ended or hangs; go on from the last checkpoint ({reason})"
+        ) from error
+
+
+def all_gather(mine, layout, group=None):
+    """(...) of every process -> (P, ...); counts what leaves this one on a ring."""
     if layout.world == 1:
         return mine.unsqueeze(0)
     everyone = mine.new_empty(layout.world, *mine.shape)
-    dist.all_gather_into_tensor(everyone.view(-1), mine.contiguous().view(-1))
+    with collective("all-gather"):
+        dist.all_gather_into_tensor(everyone.view(-1), mine.contiguous().view(-1), group=group)
     layout.bytes_sent += mine.nbytes * (layout.world - 1)
     return everyone
 
 
-def all_to_all(chunks, layout):
+def all_to_all(chunks, layout, group=None):
     """(P, m): chunk p goes to process p; returns (P, m): what process p had for this one."""
     if layout.world == 1:
         return chunks
     arrived = torch.empty_like(chunks)
-    dist.all_to_all_single(arrived, chunks)
+    with collective("all-to-all"):
+        dist.all_to_all_single(arrived, chunks, group=group)
     layout.bytes_sent += chunks[0].nbytes * (layout.world - 1)
     return arrived
+
+
+def agree(**values):
+    """Raises ValueError on all processes unless all of them gave the same values. Collective.
+
+    Called before anything else is exchanged: processes that were started differently would wait
+    for each other in different collectives, or average what does not belong together.
+    """
+    everyone = [values] * processes()[1]
+    if len(everyone) == 1:
+        return
+    with collective("comparing the processes"):
+        dist.all_gather_object(everyone, values)
+    for rank, theirs in enumerate(everyone):
+        for name in everyone[0] | theirs:
+            mine, other = everyone[0].get(name), theirs.get(name)
+            if mine != other:
+                raise ValueError(
+                    f"process {rank} has {name} = {other!r}, process 0 has {mine!r}; "
+                    "start all processes with the same settings and code"
+                )
 
 
 def seed_of(*key):
@@ -199,6 +254,7 @@ def factor_update(A, B, merged_A, merged_B):
 
 BASES = ("fp32", "bf16", "int8", "nf4", "fp4")
 BLOCK = 64  # weights a row; a row carries its own scale, so that any slice of rows stands alone
+PIECE = 4096  # rows: a merge forms, sends and adds a tensor by pieces of so many, whatever P is
 
 
 def bitsandbytes():
@@ -249,11 +305,16 @@ def decode(rows, base, dtype):
 class Merged(nn.Module):
     """A dense tensor that no gradient touches and every merge adds to.
 
-    `rows` is the whole tensor in its forward format, equal on all processes. `master` is this
-    process's share of the rows in full precision: merges go there, and `rows` is always its
-    rounding, so nothing is lost however coarse the base. For "fp32" the rows are the master.
-    A merge asks three things of a subclass: delta(h), head h's change since the last merge;
-    install(), to go on from the new value; and `decays`, whether weight decay shrinks it.
+    `rows` is the whole tensor in its forward format, equal on all processes. Of every piece of it
+    (at most PIECE rows) each process keeps one part in full precision, the `master`: merges go
+    there, and `rows` is always its rounding, so nothing is lost however coarse the base. For "fp32"
+    the rows are the master. A merge asks of a subclass:
+        decays                    does weight decay shrink it?
+        learnt()                  what the heads here changed, tensors (n, ...)
+        sound(learnt)             (n,) bool: can head h be added?
+        delta(learnt, h, piece)   head h's change of a piece since the last merge, flat
+        roll_back(learnt, h)      head h starts again from the merged model
+        install(learnt)           what was learnt is merged now: go on from there
     """
 
     decays = False
@@ -262,25 +323,47 @@ class Merged(nn.Module):
         super().__init__()
         self.layout, self.base, self.plain = layout, base, ""  # plain: its name in the plain model
         self.shape, self.numel = tensor.shape, tensor.numel()
-        self.share = math.ceil(self.numel / BLOCK / layout.world)  # rows a process, the last padded
-        exact = self.to_rows(tensor.detach())
-        self.register_buffer("rows", encode(exact, base))
-        mine = exact[self.mine].clone() if base != "fp32" else None
-        self.register_buffer("master", mine)
+        rows = tensor.new_zeros(math.ceil(self.numel / BLOCK), BLOCK)  # the last one padded
+        rows.view(-1)[: self.numel] = tensor.detach().flatten()
+        self.register_buffer("rows", encode(rows, base))
+        parts = [rows[self.part(piece)] for piece in self.pieces]
+        self.register_buffer("master", torch.cat(parts) if parts and base != "fp32" else None)
 
     @property
-    def mine(self):
-        """Which rows this process keeps the master of, a slice."""
-        return slice(self.layout.rank * self.share, (self.layout.rank + 1) * self.share)
+    def pieces(self):
+        """Slices of the rows. They do not depend on P, so neither do the bits of what is formed."""
+        count = math.ceil(self.numel / BLOCK)
+        return [slice(k, min(k + PIECE, count)) for k in range(0, count, PIECE)]
 
-    def to_rows(self, tensor):
-        """(shape) -> (P share, 64), zeros behind the end."""
-        rows = tensor.new_zeros(self.layout.world * self.share, BLOCK)
-        rows.view(-1)[: self.numel] = tensor.flatten()
-        return rows
+    def share(self, piece):
+        """Rows of a piece that one process keeps; the last ones get fewer, or none."""
+        return math.ceil((piece.stop - piece.start) / self.layout.world)
+
+    def part(self, piece):
+        """Which rows of a piece this process keeps the master of, a slice."""
+        share = self.share(piece)
+        first = min(piece.start + self.layout.rank * share, piece.stop)
+        return slice(first, min(first + share, piece.stop))
+
+    def master_part(self, piece):
+        """(rows, 64): this process's part of a piece of the master, a view."""
+        part = self.part(piece)
+        if self.master is None:
+            return self.rows[part]
+        first = piece.start // PIECE * self.share(slice(0, PIECE))  # behind those of full pieces
+        return self.master[first : first + part.stop - part.start]
+
+    def padded(self, part, piece):
+        """A part filled up with zeros to share(piece) rows, since all processes send as many."""
+        return F.pad(part, (0, 0, 0, self.share(piece) - len(part)))
+
+    def set_rows(self, piece, everyone):
+        """A piece of the forward copy, from every process's part: (P, share rows, as bytes)."""
+        rows = self.rows[piece].view(torch.uint8)
+        rows.copy_(everyone.reshape(-1, rows.shape[1])[: len(rows)])
 
     def from_rows(self, rows):
-        """(P share, 64) -> (shape), the padding dropped."""
+        """(rows, 64) -> (shape), the padding dropped."""
         return rows.flatten()[: self.numel].view(self.shape)
 
     @property
@@ -298,14 +381,16 @@ class Merged(nn.Module):
         """The merged tensor as the forward pass sees it; a view of the rows for "fp32"."""
         return self.from_rows(decode(self.rows, self.base, self.dtype))
 
-    def master_share(self):
-        """(share, 64), this process's part of the master: a view, to be changed in place."""
-        return self.rows[self.mine] if self.master is None else self.master
-
     def exact(self):
         """The merged tensor without rounding, a new tensor. Collective for a quantized base."""
-        rows = self.rows if self.master is None else all_gather(self.master, self.layout)
-        return self.from_rows(rows).clone()
+        if self.master is None:
+            return self.from_rows(self.rows).clone()
+        pieces = []
+        for piece in self.pieces:
+            part = self.padded(self.master_part(piece), piece)
+            everyone = all_gather(part, self.layout).flatten(0, 1)
+            pieces.append(everyone[: piece.stop - piece.start])
+        return self.from_rows(torch.cat(pieces))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -481,22 +566,38 @@ class MultiheadLoRALinear(Merged):
             y_n += bias.view(len(y_n), 1, -1)  # in place: y is large
         return y_n.reshape(*x.shape[:-1], self.out_features)
 
-    def delta(self, h):
-        """s (B A - B' A') of the h-th head of this process, in the weight's shape."""
-        U, V = factor_update(self.lora_A[h], self.lora_B[h], self.merged_A[h], self.merged_B[h])
-        return (self.scaling * U @ V).view(self.shape)
+    def learnt(self):
+        return [self.lora_A.detach(), self.lora_B.detach()]
 
-    def install(self):
-        """After a merge: what the factors say now is in W already."""
-        self.merged_A.copy_(self.lora_A)
-        self.merged_B.copy_(self.lora_B)
+    def sound(self, learnt):
+        """(n,): finite, and no entry of s B A can overflow."""
+        A, B = (x.flatten(1).abs().amax(1) for x in learnt)
+        return (self.scaling * 8 * self.r * A * B).isfinite()
+
+    def delta(self, learnt, h, piece):
+        """s (B A - B' A') of the h-th head here: the weights of a piece, flat."""
+        (A, B), i = learnt, self.in_features
+        first, last = piece.start * BLOCK, min(piece.stop * BLOCK, self.numel)
+        top, bottom = first // i, math.ceil(last / i)  # the outputs that the piece touches
+        U, V = factor_update(A[h], B[h, top:bottom], self.merged_A[h], self.merged_B[h, top:bottom])
+        return (self.scaling * U @ V).flatten()[first - top * i : last - top * i]
+
+    def roll_back(self, learnt, h):
+        """The factors of the last merge: the update is zero, and the head is the merged model."""
+        for A, B in (learnt, (self.lora_A, self.lora_B)):
+            A[h], B[h] = self.merged_A[h], self.merged_B[h]
+
+    def install(self, learnt):
+        """After a merge: what these factors say is in W already."""
+        self.merged_A.copy_(learnt[0])
+        self.merged_B.copy_(learnt[1])
 
     def reset(self, which):
         """B <- 0, and for "AB" a new A: the head starts again, from W; returns what was reset."""
         if which == "AB":
             self.lora_A.copy_(self.draw_A(self.lora_A))
         self.lora_B.zero_()
-        self.install()
+        self.install(self.learnt())
         return [self.lora_A, self.lora_B] if which == "AB" else [self.lora_B]
 
     def extra_repr(self):
@@ -535,12 +636,28 @@ class Copies(Merged):
             return self.heads.repeat_interleave(samples // self.layout.local, 0)
         return self.value().unsqueeze(0)
 
-    def delta(self, h):
-        return self.heads[h] - self.dense()
+    def learnt(self):
+        return [self.heads.detach()]
 
-    def install(self):
-        """After a merge every head goes on from the mean."""
-        self.heads.copy_(self.dense())
+    def sound(self, learnt):
+        return learnt[0].flatten(1).isfinite().all(1)
+
+    def delta(self, learnt, h, piece):
+        weights = slice(piece.start * BLOCK, piece.stop * BLOCK)
+        return learnt[0][h].flatten()[weights] - self.dense().flatten()[weights]
+
+    def roll_back(self, learnt, h):
+        learnt[0][h] = self.heads[h] = self.dense()
+
+    def install(self, learnt):
+        """After a merge every head goes on from the mean, plus what it learnt meanwhile.
+
+        Statistics (buffers) just take the mean: plus a difference, a variance may turn negative.
+        """
+        if isinstance(self.heads, nn.Parameter):
+            self.heads.sub_(learnt[0]).add_(self.dense())
+        else:
+            self.heads.copy_(self.dense())
 
 
 class PerHead(nn.Module):
@@ -770,6 +887,9 @@ def convert(model, *, heads, r, lora_alpha=None, base="fp32", parallel=True, ini
         skip: names of modules to leave dense and frozen.
     Raises: ValueError or TypeError, with the names of what could not be placed, before any change.
     """
+    options = dict(heads=heads, r=r, lora_alpha=lora_alpha, base=base, parallel=parallel, init=init)
+    shapes = {f"the shape of {n}": tuple(p.shape) for n, p in model.named_parameters()}
+    agree(version=__version__, **options, bare=bare, skip=sorted(skip), seed=seed, **shapes)
     layout = Layout(heads, parallel, seed)
     check_options(r=r, lora_alpha=lora_alpha, base=base, init=init, bare=bare)
     plan = make_plan(model, r, bare, set(skip))
@@ -998,68 +1118,278 @@ def layout_of(model):
 # 7 merge
 # ------------------------------------------------------------------------------------------------
 
-BUCKET = 32 * 2**20  # bytes of deltas sent at a time: few messages, and bounded memory
+BUCKET = 32 * 2**20  # bytes; of deltas sent at a time 3/4 of it, the rest for forming them
+WIRES = {"fp32": None, "bf16": torch.bfloat16}  # what deltas travel as; None: as they are
 
 
 @torch.no_grad()
-def merge(model, *, optimizer=None, reset="none", decay=1.0):
+def merge(model, *, optimizer=None, reset="none", decay=1.0, wire="fp32", outer_optimizer=None,
+          async_op=False):
     """W <- decay W + (1/N) sum_n s (B_n A_n - B'_n A'_n); copies <- their mean. Collective.
 
     Right after it every head computes just what the merged model computes. A second merge with no
-    step in between (and decay 1) changes nothing.
+    step in between (and decay 1) changes nothing. It takes less than 2 BUCKET of memory of its own.
+
+    A head that holds NaN or inf is left out: the mean is over the others, and it starts again from
+    the merged model, with zero moments if `optimizer` is given. (The moments are zero but Adam's
+    step count is all heads' own, so its first updates are up to about 3 times the rate.)
 
     Args:
-        reset: "none": factors and their optimizer state go on. "B": B <- 0. "AB": and a new A.
         optimizer: needed for a reset, which clears its whole state of what was reset (Adam's step
             count too: old counts with new moments would make the next update too large).
+        reset: "none": factors and their optimizer state go on. "B": B <- 0. "AB": and a new A.
         decay: factor on W of low-rank layers, the product of (1 - rate_t wd) since the last merge.
+        wire: "bf16" sends deltas at half the bytes, rounded to 8 bits; "fp32" as they are.
+        outer_optimizer: over outer_parameters(model). It steps with minus the mean as gradient,
+            instead of W <- W + mean, which is SGD's step at rate 1.
+        async_op: return a MergeWork at once. Heads may go on learning until its wait(), which
+            applies the merge of what they had learnt when it was called.
+    Raises: ValueError or RuntimeError, nothing changed, for what cannot be merged; ProcessLost,
+        after which the run has to go on from a checkpoint; FloatingPointError, nothing changed, if
+        no head is finite.
     Source: the paper's LTE update; telescoped, W = W_start + (s/N) sum_n B_n A_n without reset.
     """
     layout, tensors = layout_of(model), merged_tensors(model)
+    check_idle(layout, "merge")
     check_reset(tensors, reset, optimizer)
+    if wire not in WIRES:
+        raise ValueError(f"wire={wire!r} is not known; choose one of {', '.join(WIRES)}")
+    if async_op and reset != "none":
+        raise ValueError(
+            f"reset={reset!r} with async_op=True would drop what heads learn before wait(); use "
+            "reset='none', or async_op=False"
+        )
+    outer = outer_parts(model, outer_optimizer)
+    work = MergeWork(layout, tensors, optimizer, decay, wire, outer_optimizer, outer)
+    if async_op:
+        return work.start()
+    work.learnt = {m: m.learnt() for m in tensors}  # live: nobody changes them meanwhile
     with torch.autocast(tensors[0].rows.device.type, enabled=False):
+        work.find_sound()
         for bucket in buckets(tensors):
-            merge_bucket(bucket, layout, decay)
-        for m in tensors:
-            m.install()
-        layout.merges += 1
-        if reset != "none":
-            for layer in tensors:
-                if isinstance(layer, MultiheadLoRALinear):
-                    for p in layer.reset(reset):
-                        optimizer.state.pop(p, None)
+            work.apply(bucket, *work.send(bucket))
+        work.finish()
+    if reset != "none":
+        for layer in tensors:
+            if isinstance(layer, MultiheadLoRALinear):
+                for p in layer.reset(reset):
+                    optimizer.state.pop(p, None)
 
 
-def merge_bucket(bucket, layout, decay):
-    """Partial sums -> all-to-all of row shards -> mean -> master -> all-gather of forward rows.
+class MergeWork:
+    """One merge. From merge(async_op=True): under way until wait() has applied it.
 
-    As many bytes as a reduce-scatter and an all-gather, but the order of addition is ours.
+    Between the two a head computes with W_old + s (B A - B'_old A'_old), from wait() on with
+    W_new + s (B A - B'_sent A'_sent): what it learnt meanwhile stays its own, for the next merge.
     """
-    sums = [tree_sum(m.delta, 0, layout.local) for m in bucket]  # over the heads here, (shape)
-    sums = [m.to_rows(x).view(layout.world, -1) for m, x in zip(bucket, sums, strict=True)]
-    arrived = all_to_all(torch.cat(sums, 1), layout)  # (P, the shards of this process)
-    mean = tree_sum(lambda p: arrived[p], 0, layout.world) / layout.heads
-    forward = []
-    for m, m_mean in zip(bucket, mean.split([m.share * BLOCK for m in bucket]), strict=True):
-        share = m.master_share()  # (share, 64), a view of the master
-        share.mul_(decay if m.decays else 1.0).add_(m_mean.view(-1, BLOCK))
-        forward.append(encode(share, m.base).view(torch.uint8).flatten())
-    everyone = all_gather(torch.cat(forward), layout)  # (P, bytes)
-    for m, rows in zip(bucket, everyone.split([f.numel() for f in forward], 1), strict=True):
-        m.rows.view(torch.uint8).view(layout.world, -1).copy_(rows)
+
+    def __init__(self, layout, tensors, optimizer, decay, wire, outer_optimizer, outer):
+        self.layout, self.tensors, self.optimizer, self.decay = layout, tensors, optimizer, decay
+        self.wire, self.outer_optimizer, self.outer = wire, outer_optimizer, outer
+        self.group = None  # the default one
+
+    def find_sound(self):
+        """Which of all heads can be added, (N,) bool; the first collective of a merge."""
+        mine = torch.stack([m.sound(learnt) for m, learnt in self.learnt.items()])
+        sound = all_gather(mine.all(0).byte(), self.layout, self.group).flatten()
+        self.bad = (sound == 0).nonzero().flatten().tolist()
+        if len(self.bad) == self.layout.heads:
+            raise FloatingPointError(
+                f"merge {self.layout.merges + 1}: every head holds NaN or inf; W is left as it "
+                "was; go on from a checkpoint with a lower rate or lora_alpha"
+            )
+
+    def send(self, bucket):
+        """Partial sums -> all-to-all -> mean -> new master -> all-gather of the forward format.
+
+        As many bytes as a reduce-scatter and an all-gather, but the order of addition is ours.
+        Returns, for each (tensor, piece) of the bucket, this process's part of the new master and
+        every process's part of the forward rows. Changes nothing that the forward pass reads.
+        """
+        mean = self.mean(all_to_all(self.partial_sums(bucket), self.layout, self.group), bucket)
+        parts = mean.split([m.share(piece) for m, piece in bucket])  # (share, 64) each
+        self.advance(bucket, parts)
+        sizes = [m.share(piece) * m.rows[0].nbytes for m, piece in bucket]
+        forward = mean.new_empty(sum(sizes), dtype=torch.uint8)
+        for (m, _), part, place in zip(bucket, parts, forward.split(sizes), strict=True):
+            place.copy_(encode(part, m.base).view(torch.uint8).flatten())
+        return parts, all_gather(forward, self.layout, self.group).split(sizes, 1)
+
+    def partial_sums(self, bucket):
+        """Each piece's deltas summed over the sound heads here: (P, a part for each process)."""
+        layout, (m, _) = self.layout, bucket[0]
+        wire = m.dtype if layout.world == 1 else WIRES[self.wire] or m.dtype
+        sizes = [m.share(piece) * BLOCK for m, piece in bucket]
+        sums = m.rows.new_empty(layout.world, sum(sizes), dtype=wire)
+        first = layout.rank * layout.local
+
+        def term(m, piece, h):
+            delta = m.delta(self.learnt[m], h, piece)
+            return delta.zero_() if first + h in self.bad else delta
+
+        for (m, piece), columns in zip(bucket, sums.split(sizes, 1), strict=True):
+            total = tree_sum(partial(term, m, piece), 0, layout.local)
+            columns.copy_(F.pad(total, (0, columns.numel() - len(total))).view_as(columns))
+        return sums
+
+    def mean(self, arrived, bucket):
+        """(P, this process's part from each) -> (rows, 64), the mean over all sound heads."""
+        dtype = bucket[0][0].dtype
+        total = tree_sum(lambda p: arrived[p].to(dtype), 0, self.layout.world)
+        return total.div_(self.layout.heads - len(self.bad)).view(-1, BLOCK)
+
+    def advance(self, bucket, parts):
+        """The mean of each part becomes, in place, the part's new value: decay W + mean.
+
+        An outer optimizer is lent a copy of W to step on: W itself is in use until wait().
+        """
+        lent = []
+        for (m, piece), part in zip(bucket, parts, strict=True):
+            W = m.master_part(piece)
+            old, part = W * (self.decay if m.decays else 1.0), part[: len(W)]
+            if self.outer is None:
+                part += old
+            elif len(W):
+                p = self.outer[m, piece.start]
+                p.data, p.grad = old, -part
+                lent.append((p, W, part))
+        if lent:
+            self.outer_optimizer.step()
+        for p, W, part in lent:
+            part.copy_(p.data)
+            p.data, p.grad = W, None
+
+    def apply(self, bucket, parts, everyone):
+        """W becomes what arrived."""
+        for (m, piece), part, rows in zip(bucket, parts, everyone, strict=True):
+            m.set_rows(piece, rows)
+            if m.master is not None:
+                own = m.master_part(piece)
+                own.copy_(part[: len(own)])
+
+    def finish(self):
+        """Heads go on from the new W; those that were left out start again."""
+        layout, first = self.layout, self.layout.rank * self.layout.local
+        here = [head - first for head in self.bad if first <= head < first + layout.local]
+        for m, learnt in self.learnt.items():
+            for h in here:
+                m.roll_back(learnt, h)
+                if self.optimizer is not None:
+                    clear_moments(self.optimizer, m, h)
+            m.install(learnt)
+        layout.merges += 1
+        layout.left_out += len(self.bad)
+        if self.bad and layout.rank == 0:
+            moments = "with zero moments" if self.optimizer else "with its moments (optimizer=)"
+            warnings.warn(
+                f"merge {layout.merges}: head {', '.join(map(str, self.bad))} of {layout.heads} "
+                f"holds NaN or inf; left out, it starts again from the merged model, {moments}",
+                stacklevel=3,
+            )
+
+    def start(self):
+        """Snapshot, and all the sending in a thread of its own, through a group of its own."""
+        self.learnt = {m: [x.clone() for x in m.learnt()] for m in self.tensors}
+        self.arrived, device = Future(), self.tensors[0].rows.device
+        if self.layout.world > 1:
+            self.group = second_group(dist.group.WORLD, device)
+        gpu = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if gpu else None
+        if gpu:
+            self.stream.wait_stream(torch.cuda.current_stream(device))
+        self.layout.in_flight = self
+        Thread(target=self.run, daemon=True).start()
+        return self
+
+    @torch.no_grad()
+    def run(self):
+        """What the thread does: every bucket, and what arrives is kept until wait()."""
+        try:
+            with torch.cuda.stream(self.stream) if self.stream else nullcontext():
+                self.find_sound()
+                got = [(bucket, *self.send(bucket)) for bucket in buckets(self.tensors)]
+            self.arrived.set_result(got)
+        except BaseException as error:  # wait() raises it
+            self.arrived.set_exception(error)
+
+    @torch.no_grad()
+    def wait(self):
+        """Waits for what was sent, and applies it. Once; W changes here and only here."""
+        if self.layout.in_flight is not self:
+            raise RuntimeError("this merge was waited for already")
+        try:
+            got = self.arrived.result()
+        finally:
+            self.layout.in_flight = None
+        if self.stream:
+            torch.cuda.current_stream(self.tensors[0].rows.device).wait_stream(self.stream)
+        for bucket, parts, everyone in got:
+            self.apply(bucket, parts, everyone)
+        self.finish()
 
 
 def buckets(tensors):
-    """Group tensors in order, each group's deltas at most BUCKET bytes (or one tensor)."""
-    groups, size = [[]], 0
+    """Groups of (tensor, piece), in order; the deltas of a group are sent together."""
+    groups, size = [], math.inf
     for m in tensors:
-        nbytes = m.layout.world * m.master_share().nbytes
-        if groups[-1] and size + nbytes > BUCKET:
-            groups.append([])
-            size = 0
-        groups[-1].append(m)
-        size += nbytes
+        for piece in m.pieces:
+            nbytes = m.layout.world * m.share(piece) * BLOCK * m.dtype.itemsize
+            if size + nbytes > 3 / 4 * BUCKET or m.dtype != groups[-1][0][0].dtype:
+                groups.append([])
+                size = 0
+            groups[-1].append((m, piece))
+            size += nbytes
     return groups
+
+
+def outer_parameters(model):
+    """What an outer optimizer steps on: this process's part of each piece of the master.
+
+    Views, so the optimizer's state takes 1 / P on each process, as the master does. Valid until the
+    model is moved or converted again.
+    """
+    layout_of(model)
+    # .data, since autograd must not count an outer step on a lent copy as a change of W.
+    return [m.master_part(piece).data for m in merged_tensors(model) for piece in m.pieces]
+
+
+def outer_parts(model, outer_optimizer):
+    """(tensor, start of a piece) -> the parameter of the outer optimizer; None without one."""
+    if outer_optimizer is None:
+        return None
+    held = [p for group in outer_optimizer.param_groups for p in group["params"]]
+    held, parts = {p.data_ptr(): p for p in held if len(p)}, {}
+    for m in merged_tensors(model):
+        for piece in m.pieces:
+            if len(part := m.master_part(piece)):
+                parts[m, piece.start] = held.get(part.data_ptr())
+    if any(p is None for p in parts.values()) or len(parts) != len(held):
+        raise ValueError(
+            "outer_optimizer does not hold this model's outer parameters; "
+            "make it from lte.outer_parameters(model), after convert and after moving the model"
+        )
+    return parts
+
+
+def clear_moments(optimizer, merged, h):
+    """Zeros in the h-th head's place of all optimizer state of one tensor's heads."""
+    for p in merged.parameters(recurse=False):
+        for value in optimizer.state.get(p, {}).values():
+            if torch.is_tensor(value) and value.shape == p.shape:
+                value[h] = 0
+
+
+@cache
+def second_group(default, device):
+    """All processes once more, so that collectives of the thread and of the caller never mix."""
+    with collective("opening a second group"):
+        return dist.new_group(timeout=default._get_backend(device).options._timeout)
+
+
+def check_idle(layout, what):
+    """Raises RuntimeError while a merge is in flight."""
+    if layout.in_flight is not None:
+        raise RuntimeError(f"{what} while a merge is in flight; call its wait() first")
 
 
 def check_reset(tensors, reset, optimizer):
@@ -1115,7 +1445,313 @@ def clip_grad_norm_(model, max_norm):
 
 
 # ------------------------------------------------------------------------------------------------
-# 9 export and counts
+# 9 checkpoints: written by any number of processes, read by any other
+# ------------------------------------------------------------------------------------------------
+
+KEEP = 2  # whole checkpoints in a directory; older ones are removed
+
+
+def save(directory, model, optimizer=None, outer_optimizer=None, *, step, **extra):
+    """Write directory/step_00000120, or nothing: aside, and renamed when whole. Collective.
+
+    Everything that training goes on with, at any step of a cycle: factors, those of the last merge,
+    copies, optimizer state, master, outer state, counters. torch.distributed.checkpoint writes it,
+    each head under keys of its own. The directory has to be one that all processes share. A plain
+    model (dense training) is saved too. The last KEEP checkpoints stay.
+
+    Args:
+        step: optimizer steps done. extra: what else load shall return; anything json can hold.
+    Raises: RuntimeError while a merge is in flight; ValueError for what cannot be saved; OSError
+        where the disk fails; ProcessLost. The checkpoints that are there stay whole.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    layout = run_layout(model, "save")
+    final = Path(directory) / f"step_{step:08d}"
+    aside = final.with_suffix(".new")
+    meta = dict(version=__version__, step=step, extra=extra, about=about(model))
+    meta |= dict(merges=layout.merges, left_out=layout.left_out, bytes_sent=layout.bytes_sent)
+    meta["dropout"] = {m.name: m.calls for m in model.modules() if isinstance(m, HeadDropout)}
+    meta["optimizers"] = [describe(*o) for o in optimizers(model, optimizer, outer_optimizer)]
+    try:
+        json.dumps(meta)
+    except TypeError as error:
+        raise ValueError(f"a checkpoint's extra values must fit json: {error}") from None
+    if layout.rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed while saving
+        aside.mkdir(parents=True)
+    barrier(f"saving {final.name}")
+    tensors = checkpoint_tensors(model, layout, optimizer, outer_optimizer)
+    storage(dcp.save, tensors, aside, layout)
+    if layout.rank == 0:
+        finish_checkpoint(aside, final, meta)
+    barrier(f"saving {final.name}")
+
+
+def finish_checkpoint(aside, final, meta):
+    """meta.json with every file's size, then the new name, then away with the old ones."""
+    import torch.distributed.checkpoint as dcp
+
+    places = dcp.FileSystemReader(aside).read_metadata().storage_data.values()
+    missing = {p.relative_path for p in places if not (aside / p.relative_path).exists()}
+    if missing:
+        raise OSError(
+            f"{aside} lacks {', '.join(sorted(missing))}, which other processes wrote; "
+            "checkpoints need a directory that all machines share"
+        )
+    meta["files"] = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
+    (aside / "meta.json").write_text(json.dumps(meta, indent=1))
+    discard(final)  # only where a run went on from an earlier one
+    os.replace(aside, final)
+    older = [path for path in checkpoints(final.parent) if path.name < final.name]
+    newer = [path for path in checkpoints(final.parent) if path.name > final.name]
+    for path in older[KEEP - 1 :] + newer:  # newer: this run has gone back behind them
+        discard(path)
+
+
+def discard(path):
+    """Remove a checkpoint; its name goes first, so that no half of one ever bears it."""
+    if path.exists():
+        shutil.rmtree(path.rename(path.with_suffix(".old")))
+
+
+def checkpoints(directory):
+    """The checkpoints in a directory, the newest first."""
+    found = [p for p in Path(directory).glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+@torch.no_grad()
+def load(directory, model, optimizer=None, outer_optimizer=None, *, previous=False):
+    """Go on from the newest checkpoint of a directory. Collective; returns step and extra, a dict.
+
+    The model has to be converted as the one that was saved, by any number of processes.
+
+    Args:
+        previous: if the newest is not whole, take the one before it, with a warning.
+    Raises: ValueError, nothing changed, for a checkpoint that is not whole or of another model;
+        FileNotFoundError if there is none.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    layout = run_layout(model, "load")
+    path = newest(directory, previous)
+    agree(checkpoint=path.name)
+    meta = json.loads((path / "meta.json").read_text())
+    for name in meta["about"] | about(model):
+        theirs, ours = meta["about"].get(name), about(model).get(name)
+        if theirs != ours:
+            raise ValueError(f"{path} was saved with {name} = {theirs}, but this run has {ours}")
+    given = optimizers(model, optimizer, outer_optimizer)
+    for (mine, _), saved in zip(given, meta["optimizers"], strict=True):
+        check_optimizer(path, mine, saved)
+    for (mine, names), saved in zip(given, meta["optimizers"], strict=True):
+        revive(mine, names, saved)
+    tensors = checkpoint_tensors(model, layout, optimizer, outer_optimizer)
+    storage(dcp.load, tensors, path, layout)
+    for m in merged_tensors(model):
+        for piece in m.pieces:
+            rows = encode(m.padded(m.master_part(piece), piece), m.base).view(torch.uint8)
+            m.set_rows(piece, all_gather(rows, layout))
+    for name in ("merges", "left_out", "bytes_sent"):
+        setattr(layout, name, meta[name])
+    for m in model.modules():
+        if isinstance(m, HeadDropout):
+            m.calls = meta["dropout"][m.name]
+    return {"step": meta["step"], **meta["extra"]}
+
+
+def newest(directory, previous):
+    """The newest checkpoint, or the newest whole one if `previous`."""
+    found = checkpoints(directory)
+    if not found:
+        raise FileNotFoundError(f"{directory} holds no checkpoint (step_...); train from the start")
+    for path in found if previous else found[:1]:
+        if not (reason := damage(path)):
+            return path
+        warnings.warn(f"{path} is not whole ({reason}); trying the one before it", stacklevel=3)
+    raise ValueError(
+        f"{path} is not whole ({damage(path)}); "
+        + ("there is no other" if previous else "previous=True takes the one before it")
+    )
+
+
+def damage(path):
+    """What is missing from a checkpoint, in words; "" if nothing is."""
+    try:
+        files = json.loads((path / "meta.json").read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "meta.json is missing or cut short"
+    for name, size in files.items():
+        there = (path / name).stat().st_size if (path / name).exists() else 0
+        if there != size:
+            return f"{name} has {there} of {size} bytes"
+    return ""
+
+
+def run_layout(model, what):
+    """The layout of a converted model, with no merge in flight; for a plain one its processes."""
+    layout = layout_of(model) if merged_tensors(model) else Layout(processes()[1])
+    check_idle(layout, what)
+    return layout
+
+
+def about(model):
+    """What two models must have in common for one to go on where the other stopped, in words."""
+    merged, words = merged_tensors(model), {}
+    if not merged:
+        return {f"the shape of {n}": str(tuple(p.shape)) for n, p in model.named_parameters()}
+    for name in ("heads", "parallel", "seed"):
+        words[name] = getattr(layout_of(model), name)
+    for m in merged:
+        low_rank = isinstance(m, MultiheadLoRALinear)
+        rank = f", r {m.r}, scaling {m.scaling:g}, base {m.base}" if low_rank else ", copied"
+        words[m.plain] = f"{tuple(m.shape)} {m.dtype}{rank}"
+    return words
+
+
+def optimizers(model, optimizer, outer_optimizer):
+    """(optimizer or None, {id of a parameter: its name}) of the inner and the outer optimizer."""
+    names = {id(p): n.replace("_orig_mod.", "") for n, p in model.named_parameters()}
+    parts = outer_parts(model, outer_optimizer) or {}
+    outer = {id(p): f"{m.plain}/{start // PIECE}" for (m, start), p in parts.items()}
+    for group in optimizer.param_groups if optimizer else ():
+        if not all(id(p) in names for p in group["params"]):
+            raise ValueError("the optimizer holds parameters that are not this model's")
+    return (optimizer, names), (outer_optimizer, outer)
+
+
+def describe(optimizer, names):
+    """An optimizer's numbers, as json: groups, and for each parameter's state what it is."""
+    if optimizer is None:
+        return None
+    states = {}
+    for p, state in optimizer.state.items():
+        states[names[id(p)]] = words = {}
+        for key, value in state.items():
+            words[key] = value
+            if torch.is_tensor(value) and value.shape == p.shape:
+                words[key] = "tensor"
+            elif torch.is_tensor(value):
+                if value.dim():
+                    raise ValueError(
+                        f"the optimizer's {key} of {names[id(p)]} is {tuple(value.shape)}; only "
+                        "numbers and tensors of the parameter's shape can be given to other heads"
+                    )
+                words[key] = [value.item(), str(value.dtype).removeprefix("torch.")]
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    groups = [{k: float(v) if torch.is_tensor(v) else v for k, v in g.items()} for g in groups]
+    return dict(groups=groups, states=states)
+
+
+def check_optimizer(path, optimizer, saved):
+    """The optimizer that is to be loaded must be one like that which was saved."""
+    if optimizer is None:
+        return
+    if saved is None or len(saved["groups"]) != len(optimizer.param_groups):
+        raise ValueError(f"{path} was saved with another optimizer, or without one")
+    for mine, theirs in zip(optimizer.param_groups, saved["groups"], strict=True):
+        if lacking := mine.keys() - theirs.keys() - {"params"}:
+            raise ValueError(f"{path} was saved with an optimizer without {sorted(lacking)}")
+
+
+def revive(optimizer, names, saved):
+    """Groups and numbers as they were saved, and tensors to read the rest into."""
+    if optimizer is None:
+        return
+    state, places = optimizer.state_dict(), {}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            places[len(places)] = {}
+            for key, word in saved["states"].get(names.get(id(p)), {}).items():
+                if word == "tensor":
+                    word = torch.zeros_like(p)
+                elif isinstance(word, list):
+                    word = torch.tensor(word[0], dtype=getattr(torch, word[1]))
+                places[len(places) - 1][key] = word
+    state["state"] = {k: entry for k, entry in places.items() if entry}
+    for group, words in zip(state["param_groups"], saved["groups"], strict=True):
+        for key, word in words.items():
+            group[key] = tuple(word) if isinstance(word, list) else word
+    optimizer.load_state_dict(state)
+
+
+def checkpoint_tensors(model, layout, optimizer, outer_optimizer):
+    """key -> tensor, views into the run. A head's are keyed by its number, so that any process can
+    read any head; parts of the master are DTensors, which know their place in the whole.
+    """
+    heads, whole, sharded = {}, {}, {}
+    for prefix, module in model.named_modules():
+        stacked = heads if isinstance(module, (Merged, PerHead)) else whole
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            exact = isinstance(module, Merged) and name in ("rows", "master")
+            if tensor is None or exact or name in module._non_persistent_buffers_set:
+                continue
+            stacked[f"{prefix}.{name}".replace("_orig_mod.", "")] = tensor.detach()
+    (_, names), _ = optimizers(model, optimizer, None)
+    for p, state in optimizer.state.items() if optimizer else ():
+        for key, value in state.items():
+            if torch.is_tensor(value) and value.shape == p.shape:
+                kind = heads if names[id(p)] in heads else whole
+                kind[f"{names[id(p)]}/{key}"] = value
+    outer = outer_parts(model, outer_optimizer) or {}
+    for m in merged_tensors(model):
+        for piece in m.pieces:
+            key = f"{m.plain}/{piece.start // PIECE}"
+            sharded[key] = m.master_part(piece), piece
+            p = outer.get((m, piece.start))
+            for name, value in outer_optimizer.state[p].items() if p is not None else ():
+                if torch.is_tensor(value) and value.dim():
+                    sharded[f"{key}/{name}"] = value, piece
+    first = layout.rank * layout.local
+    tensors = {f"whole/{key}": tensor for key, tensor in whole.items()}
+    for key, tensor in heads.items():
+        tensors |= {f"head {first + h}/{key}": tensor[h] for h in range(layout.local)}
+    return tensors | {f"master/{key}": t for key, t in distribute(sharded, layout).items()}
+
+
+def distribute(sharded, layout):
+    """key -> (this process's rows, piece) as DTensors; as they are on one process."""
+    if layout.world == 1 or not sharded:
+        return {key: part for key, (part, _) in sharded.items()}
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+
+    device = next(iter(sharded.values()))[0].device.type
+    mesh = init_device_mesh(device, (layout.world,))
+    return {
+        key: DTensor.from_local(
+            part,
+            mesh,
+            [Shard(0)],
+            run_check=False,
+            shape=torch.Size((piece.stop - piece.start, BLOCK)),
+            stride=(BLOCK, 1),
+        )
+        for key, (part, piece) in sharded.items()
+    }
+
+
+def storage(call, tensors, path, layout):
+    """torch.distributed.checkpoint's save or load, its errors as ProcessLost or OSError."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        with collective(f"{call.__name__} of {path}"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is")  # one process is what we want
+            call(tensors, checkpoint_id=path, no_dist=layout.world == 1)
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        raise OSError(f"{call.__name__} of {path} failed on process {rank}: {reason}") from error
+
+
+def barrier(what):
+    if processes()[1] > 1:
+        with collective(what):
+            dist.barrier()
+
+
+# ------------------------------------------------------------------------------------------------
+# 10 export and counts
 # ------------------------------------------------------------------------------------------------
 
 
@@ -1127,6 +1763,7 @@ def merged_state_dict(model):
     is not in it: merge first.
     """
     layout, tensors = layout_of(model), {}
+    check_idle(layout, "export")
     for name, tensor in model.state_dict().items():  # what convert left where it was
         if (name := name.replace("_orig_mod.", "")) in layout.names:
             tensors[name] = tensor.detach().clone()
@@ -1139,16 +1776,27 @@ def merged_state_dict(model):
     return {name: tensors[name] for name in layout.names}
 
 
-def merge_bytes(model, workers=None):
-    """Bytes that leave one of `workers` processes in one merge (default: those running).
+def cost_report(model, *, merge_every=1, wire="fp32", workers=None):
+    """Bytes that leave one of `workers` processes (default: those running), by kind.
 
-    Per row of 64 weights: 256 of delta (all-to-all), and the forward format's (all-gather); each
-    times (P - 1) / P, as all-to-all and a ring all-gather send it.
+    Returns {"deltas", "forward", "heads", "merge", "step", "dense"}: of one merge, for each row of
+    64 weights 256 bytes of delta (all-to-all; 128 with wire="bf16") and its forward format
+    (all-gather), each sent to P - 1 others; one byte a head that says whether it is sound; their
+    sum; the sum over `merge_every` steps, a step's worth; and a step of data parallel training, an
+    fp32 all-reduce of every trained parameter on a ring.
     """
-    total = 0
-    for m in merged_tensors(model):
-        P = workers or m.layout.world
-        share = math.ceil(m.numel / BLOCK / P)
-        row = m.master_share()[0].nbytes + m.rows[0].nbytes
-        total += share * (P - 1) * row
-    return total
+    layout, tensors = layout_of(model), merged_tensors(model)
+    P = workers or layout.world
+    sent = {"deltas": 0, "forward": 0, "heads": layout.heads // P * (P - 1)}
+    for m in tensors:
+        wide = (WIRES[wire] or m.dtype).itemsize
+        for piece in m.pieces:
+            share = math.ceil((piece.stop - piece.start) / P)
+            sent["deltas"] += share * BLOCK * wide * (P - 1)
+            sent["forward"] += share * m.rows[0].nbytes * (P - 1)
+    sent["merge"] = sum(sent.values())
+    sent["step"] = sent["merge"] / merge_every
+    owned = census(model)
+    trained = sum(owned["low-rank"].values()) + sum(owned["copies"].values())
+    sent["dense"] = 8 * trained * (P - 1) / P
+    return sent

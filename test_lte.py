@@ -98,6 +98,12 @@ def seasoned(model, **options):
     return learn(model, seed=2)
 
 
+def delta(layer, h):
+    """s (B A - B' A') of head h, as a merge would form it."""
+    pieces = [layer.delta(layer.learnt(), h, piece) for piece in layer.pieces]
+    return torch.cat(pieces).view(layer.shape)
+
+
 def batch(heads=N, seed=3, width=IN):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(heads * B, width, generator=g, dtype=torch.float64)
@@ -203,6 +209,7 @@ def test_heads_that_do_not_fit_the_processes_are_refused(
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: world)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(lte, "agree", lambda **values: None)
     model = net()
     before = snapshot(model)
     with pytest.raises(ValueError, match=sentence):
@@ -342,15 +349,17 @@ def test_shares_of_the_processes_encode_to_the_rows_of_the_whole(base, shape):
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     alone = lte.Merged(tensor, lte.Layout(1), base)
     for world in (2, 3, 4):
-        layout, shares = lte.Layout(world), []
+        layout, parts = lte.Layout(world), []
         for rank in range(world):
             layout.world, layout.rank = world, rank
             merged = lte.Merged(tensor, layout, base)
-            same(merged.dense(), alone.dense())
-            shares.append(lte.encode(merged.master_share(), base))
-        rows = torch.cat(shares)
-        same(rows, merged.rows)
-        same(rows[: len(alone.rows)], alone.rows)
+            same(merged.rows, alone.rows)
+            parts.append([])
+            for piece in merged.pieces:
+                part = merged.master_part(piece)
+                rows = lte.encode(merged.padded(part, piece), base)  # what travels
+                parts[-1].append(rows[: len(part)])
+        same(torch.cat([part for piece in zip(*parts, strict=True) for part in piece]), alone.rows)
 
 
 @pytest.mark.parametrize("base", lte.BASES)
@@ -360,7 +369,9 @@ def test_the_forward_copy_is_always_the_rounding_of_the_master(base):
         learn(layer, seed)
         lte.merge(layer)
         exact = lte.merged_state_dict(layer)["weight"]
-        same(layer.rows, lte.encode(layer.to_rows(exact), base))
+        rows = torch.zeros(len(layer.rows), 64)
+        rows.view(-1)[: exact.numel()] = exact.flatten()
+        same(layer.rows, lte.encode(rows, base))
 
 
 def arrived(start, end, sent):
@@ -620,7 +631,7 @@ def test_under_autocast_the_weight_is_formed_in_full_precision_and_rounded_once(
     layer = seasoned(nn.Linear(64, 48, bias=False))
     with torch.autocast("cpu", torch.bfloat16):
         formed = layer(torch.eye(64).repeat(N, 1)).unflatten(0, (N, 64)).mT
-    exact = torch.stack([layer.weight + layer.delta(n) for n in range(N)])
+    exact = torch.stack([layer.weight + delta(layer, n) for n in range(N)])
     assert ((formed.float() - exact).abs() <= 1.001 * 2**-8 * exact.abs()).all()
 
 
@@ -1261,7 +1272,7 @@ def test_a_rounds_update_has_rank_r_a_head_and_N_r_merged_and_twice_that_later()
     W = [layer.exact()]
     for seed, twice in ((1, 1), (2, 2)):
         learn(layer, seed)
-        assert [rank(layer.delta(n)).item() for n in range(N)] == [twice * R] * N
+        assert [rank(delta(layer, n)).item() for n in range(N)] == [twice * R] * N
         lte.merge(layer)
         W.append(layer.exact())
         assert rank(W[-1] - W[-2]) == twice * N * R
@@ -1435,7 +1446,7 @@ def test_evaluating_before_a_merge_disturbs_neither_it_nor_training(base):
 def test_how_tensors_are_grouped_into_messages_does_not_matter(monkeypatch):
     one, many = seasoned(net()), seasoned(net())
     lte.merge(one)
-    monkeypatch.setattr(lte, "BUCKET", 1100)  # two of these tensors
+    monkeypatch.setattr(lte, "BUCKET", 1400)  # two of these tensors, with room to form them
     assert [len(group) for group in lte.buckets(lte.merged_tensors(many))] == [2, 2, 2]
     lte.merge(many)
     same(snapshot(many), snapshot(one))
@@ -1558,7 +1569,7 @@ def count_bytes(base):
     dist.all_to_all_single, dist.all_gather_into_tensor = counted_to_all, counted_gather
     before = lte.layout_of(model).bytes_sent
     lte.merge(model)
-    return sum(sent), lte.layout_of(model).bytes_sent - before, lte.merge_bytes(model)
+    return sum(sent), lte.layout_of(model).bytes_sent - before, lte.cost_report(model)["merge"]
 
 
 @pytest.mark.parametrize("world, base", [(2, "fp32"), (4, "nf4")])
@@ -1567,14 +1578,14 @@ def test_the_bytes_sent_are_those_foretold(world, base):
         nn.Linear(3, 1), nn.Linear(1, 10), nn.Linear(10, 384), nn.LayerNorm(384), nn.PReLU()
     )
     alone = lte.convert(model, heads=4, r=2, lora_alpha=8, base=base)
-    foretold = lte.merge_bytes(alone, workers=world)
-    assert lte.merge_bytes(alone) == 0
+    foretold = lte.cost_report(alone, workers=world)["merge"]
+    assert lte.cost_report(alone)["merge"] == 0
     assert on_processes(world, count_bytes, base) == [(foretold,) * 3] * world
 
 
 def test_bytes_are_those_of_rows_of_deltas_and_of_the_forward_format():
     model = lte.convert(nn.Linear(10, 384, bias=False), heads=4, r=2, lora_alpha=8, base="nf4")
-    assert lte.merge_bytes(model, workers=4) == 3 * (3840 // 64 // 4) * (256 + 36)
+    assert lte.cost_report(model, workers=4)["merge"] == 3 + 3 * (3840 // 64 // 4) * (256 + 36)
 
 
 def train_while_nobody_talks():

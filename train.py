@@ -872,7 +872,7 @@ class Report:
             return lte.layout_of(self.model).bytes_sent
         if self.args.method in ONE_PROCESS:
             return 0
-        return self.merges * lte.merge_bytes(self.model, self.workers)
+        return self.merges * round(lte.cost_report(self.model, workers=self.workers)["merge"])
 
     def step(self, step: int, loss: Tensor, rate: float, merged: bool) -> None:
         """A test when one is due and the merged model is new; a line every five seconds."""

@@ -21,6 +21,7 @@ Use
     loss = lte.head_loss(F.cross_entropy(model(x), y, reduction="none"), model)
     loss.backward(); lte.clip_grad_norm_(model, 1.0); optimizer.step()
     if step % T == 0: lte.merge(model)
+    lte.save("checkpoints", model, optimizer, step=step)        # step = lte.load(...)["step"]
     torch.save(lte.merged_state_dict(model), "model.pt")        # loads into a plain ViT()
 
 Glossary: symbol, name in the code, meaning
@@ -34,10 +35,12 @@ Glossary: symbol, name in the code, meaning
     A', B'  merged_A, _B    the factors as they were at the last merge
     s       scaling         lora_alpha / r, with r as given; 1/N is never part of it
     U, V    U, V            (out, 2r), (2r, in): U V = B A - B' A', a head's update since the merge
-            delta(h)        s U V, what the h-th head here adds at the next merge
+            delta           s U V, what one head adds at the next merge
     W       weight          (out, in), decoded from the base
             Copies.heads    (n, *shape), what is copied for each head instead
             base            how W is stored for the forward pass; the master is its exact fp32 value
+            piece, part     of a tensor a merge takes one piece at a time; each process keeps the
+                            master of its own part of every piece
     in shapes: b samples of one head, t tokens of a sample, M = b t, i in, o out
 
 Source: Huh, Cheung, Bernstein, Isola, Agrawal, "Training Neural Networks from Scratch with Parallel
@@ -47,10 +50,11 @@ Low-Rank Adapters", arXiv 2402.16828. What differs from the paper and from the a
     - biases, LayerNorm, convolutions and class tokens train; theirs freezes or refuses them
     - the base may be quantized, and merges go to an fp32 master, so that nothing is rounded away
     - heads may really live on different processes, with the same result bit for bit on a CPU
-Not here: recovery from a lost process, merging while training, fp16 loss scaling, tied weights.
+Not here: going on without a lost process (the run starts again from its checkpoint, on as many as
+there are then), fp16 loss scaling, tied weights.
 
 Sections: 1 heads and processes - 2 factors - 3 merged tensors - 4 the low-rank layer - 5 what else
-heads own - 6 convert - 7 merge - 8 training helpers - 9 export and counts
+heads own - 6 convert - 7 merge - 8 training helpers - 9 checkpoints - 10 export and counts
 """
 
 import hashlib
@@ -153,8 +157,10 @@ def collective(what):
     """Whatever a backend says when a process is gone, said in one sentence, as ProcessLost."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # gloo's and NCCL's: their texts differ with what was cut off
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].rsplit("] ", 1)[-1].split(". ")[0]
         raise ProcessLost(
             f"{what}: another process has ended or hangs; go on from the last checkpoint ({reason})"
         ) from error
@@ -311,7 +317,7 @@ class Merged(nn.Module):
     the rows are the master. A merge asks of a subclass:
         decays                    does weight decay shrink it?
         learnt()                  what the heads here changed, tensors (n, ...)
-        sound(learnt)             (n,) bool: can head h be added?
+        bound(learnt)             (n,): no weight changes by more; NaN or inf: cannot be added
         delta(learnt, h, piece)   head h's change of a piece since the last merge, flat
         roll_back(learnt, h)      head h starts again from the merged model
         install(learnt)           what was learnt is merged now: go on from there
@@ -350,7 +356,8 @@ class Merged(nn.Module):
         part = self.part(piece)
         if self.master is None:
             return self.rows[part]
-        first = piece.start // PIECE * self.share(slice(0, PIECE))  # behind those of full pieces
+        full = self.part(slice(0, PIECE))  # of each of the pieces before this one
+        first = piece.start // PIECE * (full.stop - full.start)
         return self.master[first : first + part.stop - part.start]
 
     def padded(self, part, piece):
@@ -482,6 +489,12 @@ def side_by_side(A, B):
     return A.flatten(0, 1).unsqueeze(0), B.transpose(0, 1).flatten(1).unsqueeze(0)
 
 
+def largest(x):
+    """(n, ...) -> (n,): each head's largest absolute value, NaN if it holds one."""
+    low, high = x.reshape(len(x), -1).aminmax(dim=1)  # unlike abs() it takes no memory
+    return torch.maximum(-low, high)
+
+
 class MultiheadLoRALinear(Merged):
     """A linear layer with a frozen W and N low-rank heads.
 
@@ -569,10 +582,10 @@ class MultiheadLoRALinear(Merged):
     def learnt(self):
         return [self.lora_A.detach(), self.lora_B.detach()]
 
-    def sound(self, learnt):
-        """(n,): finite, and no entry of s B A can overflow."""
-        A, B = (x.flatten(1).abs().amax(1) for x in learnt)
-        return (self.scaling * 8 * self.r * A * B).isfinite()
+    def bound(self, learnt):
+        A, B = (largest(x) for x in learnt)
+        A, B = A + largest(self.merged_A), B + largest(self.merged_B)
+        return self.scaling * 2 * self.r * A * B  # U V has entries of 2 r terms
 
     def delta(self, learnt, h, piece):
         """s (B A - B' A') of the h-th head here: the weights of a piece, flat."""
@@ -639,8 +652,8 @@ class Copies(Merged):
     def learnt(self):
         return [self.heads.detach()]
 
-    def sound(self, learnt):
-        return learnt[0].flatten(1).isfinite().all(1)
+    def bound(self, learnt):
+        return 2 * largest(learnt[0])
 
     def delta(self, learnt, h, piece):
         weights = slice(piece.start * BLOCK, piece.stop * BLOCK)
@@ -1118,7 +1131,7 @@ def layout_of(model):
 # 7 merge
 # ------------------------------------------------------------------------------------------------
 
-BUCKET = 32 * 2**20  # bytes; of deltas sent at a time 3/4 of it, the rest for forming them
+BUCKET = 32 * 2**20  # bytes; half of it are deltas that are sent at a time
 WIRES = {"fp32": None, "bf16": torch.bfloat16}  # what deltas travel as; None: as they are
 
 
@@ -1131,8 +1144,8 @@ def merge(model, *, optimizer=None, reset="none", decay=1.0, wire="fp32", outer_
     step in between (and decay 1) changes nothing. It takes less than 2 BUCKET of memory of its own.
 
     A head that holds NaN or inf is left out: the mean is over the others, and it starts again from
-    the merged model, with zero moments if `optimizer` is given. (The moments are zero but Adam's
-    step count is all heads' own, so its first updates are up to about 3 times the rate.)
+    the merged model, with zero moments if `optimizer` is given. (Adam's step count is common to all
+    heads and stays, so the first updates of this one are up to about 3 times the rate.)
 
     Args:
         optimizer: needed for a reset, which clears its whole state of what was reset (Adam's step
@@ -1143,7 +1156,8 @@ def merge(model, *, optimizer=None, reset="none", decay=1.0, wire="fp32", outer_
         outer_optimizer: over outer_parameters(model). It steps with minus the mean as gradient,
             instead of W <- W + mean, which is SGD's step at rate 1.
         async_op: return a MergeWork at once. Heads may go on learning until its wait(), which
-            applies the merge of what they had learnt when it was called.
+            applies the merge of what they had learnt when merge was called. Holds a snapshot of
+            that and the new forward W until then.
     Raises: ValueError or RuntimeError, nothing changed, for what cannot be merged; ProcessLost,
         after which the run has to go on from a checkpoint; FloatingPointError, nothing changed, if
         no head is finite.
@@ -1190,8 +1204,9 @@ class MergeWork:
 
     def find_sound(self):
         """Which of all heads can be added, (N,) bool; the first collective of a merge."""
-        mine = torch.stack([m.sound(learnt) for m, learnt in self.learnt.items()])
-        sound = all_gather(mine.all(0).byte(), self.layout, self.group).flatten()
+        bounds = torch.stack([m.bound(learnt) for m, learnt in self.learnt.items()])  # (-, n)
+        mine = (bounds * self.layout.heads).isfinite().all(0)  # so that no sum can overflow
+        sound = all_gather(mine.byte(), self.layout, self.group).flatten()
         self.bad = (sound == 0).nonzero().flatten().tolist()
         if len(self.bad) == self.layout.heads:
             raise FloatingPointError(
@@ -1251,7 +1266,7 @@ class MergeWork:
                 part += old
             elif len(W):
                 p = self.outer[m, piece.start]
-                p.data, p.grad = old, -part
+                p.data, p.grad = old, part.neg_()
                 lent.append((p, W, part))
         if lent:
             self.outer_optimizer.step()
@@ -1284,7 +1299,7 @@ class MergeWork:
             warnings.warn(
                 f"merge {layout.merges}: head {', '.join(map(str, self.bad))} of {layout.heads} "
                 f"holds NaN or inf; left out, it starts again from the merged model, {moments}",
-                stacklevel=3,
+                stacklevel=4,  # whoever called merge or wait
             )
 
     def start(self):
@@ -1334,7 +1349,7 @@ def buckets(tensors):
     for m in tensors:
         for piece in m.pieces:
             nbytes = m.layout.world * m.share(piece) * BLOCK * m.dtype.itemsize
-            if size + nbytes > 3 / 4 * BUCKET or m.dtype != groups[-1][0][0].dtype:
+            if size + nbytes > BUCKET / 2 or m.dtype != groups[-1][0][0].dtype:
                 groups.append([])
                 size = 0
             groups[-1].append((m, piece))
@@ -1503,16 +1518,19 @@ def finish_checkpoint(aside, final, meta):
     (aside / "meta.json").write_text(json.dumps(meta, indent=1))
     discard(final)  # only where a run went on from an earlier one
     os.replace(aside, final)
-    older = [path for path in checkpoints(final.parent) if path.name < final.name]
-    newer = [path for path in checkpoints(final.parent) if path.name > final.name]
-    for path in older[KEEP - 1 :] + newer:  # newer: this run has gone back behind them
+    there = checkpoints(final.parent)
+    at = there.index(final)  # what is newer this run has gone back behind
+    for path in there[:at] + there[at + KEEP :]:
         discard(path)
 
 
 def discard(path):
     """Remove a checkpoint; its name goes first, so that no half of one ever bears it."""
+    old = path.with_suffix(".old")
+    if old.exists():  # of a run that was killed here
+        shutil.rmtree(old)
     if path.exists():
-        shutil.rmtree(path.rename(path.with_suffix(".old")))
+        shutil.rmtree(path.rename(old))
 
 
 def checkpoints(directory):
@@ -1535,9 +1553,8 @@ def load(directory, model, optimizer=None, outer_optimizer=None, *, previous=Fal
     import torch.distributed.checkpoint as dcp
 
     layout = run_layout(model, "load")
-    path = newest(directory, previous)
+    path, meta = newest(directory, previous)
     agree(checkpoint=path.name)
-    meta = json.loads((path / "meta.json").read_text())
     for name in meta["about"] | about(model):
         theirs, ours = meta["about"].get(name), about(model).get(name)
         if theirs != ours:
@@ -1561,17 +1578,18 @@ def load(directory, model, optimizer=None, outer_optimizer=None, *, previous=Fal
     return {"step": meta["step"], **meta["extra"]}
 
 
-def newest(directory, previous):
-    """The newest checkpoint, or the newest whole one if `previous`."""
+def newest(directory, previous=False):
+    """(path, meta.json) of the newest checkpoint, or of the newest whole one if `previous`."""
     found = checkpoints(directory)
     if not found:
         raise FileNotFoundError(f"{directory} holds no checkpoint (step_...); train from the start")
     for path in found if previous else found[:1]:
         if not (reason := damage(path)):
-            return path
-        warnings.warn(f"{path} is not whole ({reason}); trying the one before it", stacklevel=3)
+            return path, json.loads((path / "meta.json").read_text())
+        if previous and path != found[-1]:
+            warnings.warn(f"{path} is not whole ({reason}); trying the one before it", stacklevel=3)
     raise ValueError(
-        f"{path} is not whole ({damage(path)}); "
+        f"{path} is not whole ({reason}); "
         + ("there is no other" if previous else "previous=True takes the one before it")
     )
 
@@ -1598,15 +1616,19 @@ def run_layout(model, what):
 
 def about(model):
     """What two models must have in common for one to go on where the other stopped, in words."""
-    merged, words = merged_tensors(model), {}
-    if not merged:
-        return {f"the shape of {n}": str(tuple(p.shape)) for n, p in model.named_parameters()}
-    for name in ("heads", "parallel", "seed"):
-        words[name] = getattr(layout_of(model), name)
+    words, merged = {}, merged_tensors(model)
+    if merged:
+        words |= {n: getattr(layout_of(model), n) for n in ("heads", "parallel", "seed")}
     for m in merged:
         low_rank = isinstance(m, MultiheadLoRALinear)
         rank = f", r {m.r}, scaling {m.scaling:g}, base {m.base}" if low_rank else ", copied"
         words[m.plain] = f"{tuple(m.shape)} {m.dtype}{rank}"
+    ours = [m for m in model.modules() if isinstance(m, (Merged, PerHead))]
+    ours = {id(t) for m in ours for t in (*m.parameters(), *m.buffers())}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if torch.is_tensor(tensor) and id(tensor) not in ours:
+            words[f"the shape of {name.replace('_orig_mod.', '')}"] = str(tuple(tensor.shape))
+    words |= {m.name: "dropout" for m in model.modules() if isinstance(m, HeadDropout)}
     return words
 
 
@@ -1641,15 +1663,17 @@ def describe(optimizer, names):
                 words[key] = [value.item(), str(value.dtype).removeprefix("torch.")]
     groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     groups = [{k: float(v) if torch.is_tensor(v) else v for k, v in g.items()} for g in groups]
-    return dict(groups=groups, states=states)
+    return dict(kind=type(optimizer).__name__, groups=groups, states=states)
 
 
 def check_optimizer(path, optimizer, saved):
     """The optimizer that is to be loaded must be one like that which was saved."""
     if optimizer is None:
         return
-    if saved is None or len(saved["groups"]) != len(optimizer.param_groups):
-        raise ValueError(f"{path} was saved with another optimizer, or without one")
+    kind, groups = type(optimizer).__name__, len(optimizer.param_groups)
+    if saved is None or (saved["kind"], len(saved["groups"])) != (kind, groups):
+        theirs = f"{saved['kind']} of {len(saved['groups'])} groups" if saved else "none"
+        raise ValueError(f"{path} was saved with optimizer {theirs}, this is {kind} of {groups}")
     for mine, theirs in zip(optimizer.param_groups, saved["groups"], strict=True):
         if lacking := mine.keys() - theirs.keys() - {"params"}:
             raise ValueError(f"{path} was saved with an optimizer without {sorted(lacking)}")
@@ -1687,7 +1711,8 @@ def checkpoint_tensors(model, layout, optimizer, outer_optimizer):
             exact = isinstance(module, Merged) and name in ("rows", "master")
             if tensor is None or exact or name in module._non_persistent_buffers_set:
                 continue
-            stacked[f"{prefix}.{name}".replace("_orig_mod.", "")] = tensor.detach()
+            full = f"{prefix}.{name}" if prefix else name
+            stacked[full.replace("_orig_mod.", "")] = tensor.detach()
     (_, names), _ = optimizers(model, optimizer, None)
     for p, state in optimizer.state.items() if optimizer else ():
         for key, value in state.items():

@@ -2,6 +2,7 @@
 
     python train.py                                     one process runs all heads
     torchrun --nproc_per_node=2 train.py                two processes run half of them each
+    python train.py --save-every 50 --resume            goes on from the last checkpoint
     python train.py --compare dense lora mhlora lte     one after the other, one table
 
 Methods, all on the same samples in the same order:
@@ -21,11 +22,13 @@ import json
 import math
 import os
 import pickle
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -577,6 +580,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--base", default="fp32", choices=lte.BASES, help="storage of the frozen W (fp32)")
     add("--merge-every", type=int, help="T, steps between merges (4; relora: 50)")
     add("--reset", choices=("none", "B", "AB"), help="what lte starts anew at a merge (none)")
+    add("--wire", default="fp32", choices=lte.WIRES, help="what deltas are sent as (fp32)")
+    add("--overlap", type=int, default=0, help="K, steps trained while a merge travels (0)")
+    add("--outer-lr", type=float, default=1.0, help="rate at which W takes the mean (1)")
+    add("--outer-momentum", type=float, default=0.0, help="Nesterov, over merges (0)")
     add = parser.add_argument_group("the optimization").add_argument
     add("--steps", type=int, default=400, help="optimizer steps (400)")
     add("--batch-size", type=int, default=256, help="samples a step, all processes (256)")
@@ -595,14 +602,25 @@ def make_parser() -> argparse.ArgumentParser:
     add("--eval-only", metavar="FILE", help="test this model.pt and stop")
     add("--compare", nargs="+", choices=METHODS, help="train with each of these, one table")
     add("--plot", action="store_true", help="draw OUT/plot.png (needs matplotlib)")
+    add = parser.add_argument_group("stopping and going on").add_argument
+    add("--save-every", type=int, help="steps between checkpoints in OUT/checkpoints (none)")
+    add(
+        "--resume",
+        nargs="?",
+        const="last",
+        choices=("last", "previous"),
+        help="go on from the last checkpoint, or the one before where the last is not whole",
+    )
+    add("--timeout", type=float, default=300, help="seconds to wait for other processes (300)")
     return parser
 
 
 RANGES = [
-    ("heads r steps batch_size accumulate merge_every eval_every", lambda n: n >= 1, "1 or more"),
-    ("warmup weight_decay", lambda x: x >= 0, "0 or more"),
-    ("lr lora_alpha clip", lambda x: 0 < x < math.inf, "above 0"),
-    ("label_smoothing", lambda x: 0 <= x < 1, "from 0 to below 1"),
+    ("heads r steps batch_size accumulate merge_every", lambda n: n >= 1, "1 or more"),
+    ("eval_every save_every", lambda n: n >= 1, "1 or more"),
+    ("warmup weight_decay overlap", lambda x: x >= 0, "0 or more"),
+    ("lr lora_alpha clip outer_lr timeout", lambda x: 0 < x < math.inf, "above 0"),
+    ("label_smoothing outer_momentum", lambda x: 0 <= x < 1, "from 0 to below 1"),
 ]
 
 
@@ -620,17 +638,19 @@ def parse_args(argv=None) -> argparse.Namespace:
     if args.reset and args.method != "lte" and not args.compare:
         parser.error(f"--reset is lte's alone; --method {args.method} has its own")
     args.eval_every = args.eval_every or max(1, args.steps // 10)
-    for method in args.compare or [args.method]:
-        if error := layout_error(settle(args, method)):
-            parser.error(error)
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
     return args
 
 
 def layout_error(run: argparse.Namespace) -> str | None:
-    """What is wrong with heads, processes and batch of one method's settled arguments."""
+    """What is wrong with heads, processes, batch and merges of one method's settled arguments."""
     heads, world, batch = run.heads, run.world, run.batch_size
+    if run.overlap and (run.reset != "none" or run.overlap >= run.merge_every):
+        return (
+            f"--overlap {run.overlap} needs a merge that arrives before the next is sent, and no "
+            f"reset; --merge-every is {run.merge_every}, --reset {run.reset}"
+        )
     if run.method in ONE_PROCESS and world > 1:
         return (
             f"--method {run.method} runs on one process, but torchrun started {world}; "
@@ -664,6 +684,8 @@ def settle(args: argparse.Namespace, method: str) -> argparse.Namespace:
     run.merge_every = (args.merge_every or own["merge_every"]) if own["merge_every"] else args.steps
     if method in ("dense", "localsgd"):  # nothing frozen, nothing to quantize
         run.base = "fp32"
+    if method not in ("lte", "localsgd"):  # one head, or no merges: plain ones
+        run.overlap, run.outer_lr, run.outer_momentum = 0, 1.0, 0.0
     return run
 
 
@@ -718,6 +740,18 @@ def make_optimizer(args, model) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=on_gpu)
 
 
+def make_outer_optimizer(args, model) -> torch.optim.Optimizer | None:
+    """SGD on the merged weights, with minus the mean of the heads' changes as gradient.
+
+    At rate 1 without momentum that is W <- W + mean, which lte.merge does without an optimizer.
+    """
+    if args.outer_lr == 1 and args.outer_momentum == 0:
+        return None
+    momentum = args.outer_momentum
+    options = dict(lr=args.outer_lr, momentum=momentum, nesterov=momentum > 0)
+    return torch.optim.SGD(lte.outer_parameters(model), **options)
+
+
 def train_step(model, forward, optimizer, x, y, args) -> Tensor:
     """One optimizer step on this process's samples; returns each head's loss before it (n,)."""
     heads = 1 if args.method in ("dense", "mhlora") else args.heads // args.world  # with own data
@@ -726,8 +760,9 @@ def train_step(model, forward, optimizer, x, y, args) -> Tensor:
     total = torch.zeros(heads, device=x.device)
     for k in range(args.accumulate):
         last = k == args.accumulate - 1
-        waits = args.method == "dense" and args.world > 1 and not last
-        with model.no_sync() if waits else nullcontext(), autocast(args, x.device):
+        ddp = args.method == "dense" and args.world > 1
+        sync = lte.collective("all-reduce of gradients") if ddp else nullcontext()
+        with model.no_sync() if ddp and not last else sync, autocast(args, x.device):
             logits = forward(xs[:, k].flatten(0, 1))
             losses = F.cross_entropy(
                 logits.float(),
@@ -762,7 +797,8 @@ def evaluate(model, data, args, device) -> tuple[float, float]:
         loss = F.cross_entropy(logits, y, reduction="sum")
         sums += torch.stack([(logits.argmax(1) == y).sum(), loss, y.new_tensor(len(y))]).double()
     if args.world > 1:
-        dist.all_reduce(sums)
+        with lte.collective("test"):
+            dist.all_reduce(sums)
     model.train()
     correct, loss, samples = sums.tolist()
     return correct / samples, loss / samples
@@ -803,34 +839,167 @@ def train(args: argparse.Namespace, data, device: torch.device) -> dict:
     """One run of one method; writes log.csv, model.pt, result.json and returns the last."""
     model = make_model(args, data, device)
     optimizer = make_optimizer(args, model)
+    merges = Merges(args, model, optimizer)
     forward = torch.compile(model) if args.compile else model
     share = args.batch_size // args.world
     places = torch.arange(args.rank * share, (args.rank + 1) * share)
-    report = Report(args, model, data, device)
-    decay, losses = 1.0, []
+    report = Report(args, model, data, device, merges)
+    saved = Checkpoints(args, report, optimizer, merges)
+    step, losses = saved.resume(), []
+    stop = Stop(args, device)
 
-    for step, (x, y) in enumerate(data.train_batches(1, args.steps, places), 1):
-        # ---- one step of training ----
-        rate = learning_rate(step, args)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = train_step(model, forward, optimizer, x, y, args)  # (heads here)
-        losses.append(loss)
-        if args.method not in UNMERGED:  # dense decays in AdamW, the others' W stays as it is
-            decay *= 1 - rate * args.weight_decay
-        due = step % args.merge_every == 0 or step == args.steps
-        if due or step % args.eval_every == 0:
-            check_finite(losses, step, model, args)
-            losses = []
-        if due and args.method != "dense":
-            reset = args.reset if step < args.steps else "none"
-            lte.merge(model, optimizer=optimizer, reset=reset, decay=decay)
-            decay = 1.0
-            report.merges += 1
+    try:
+        for x, y in data.train_batches(step + 1, args.steps, places):
+            # ---- one step of training ----
+            step += 1
+            rate = learning_rate(step, args)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = train_step(model, forward, optimizer, x, y, args)  # (heads here)
+            merged = merges.step(step, rate)
 
-        # ---- everything below is only reporting ----
-        report.step(step, loss, rate, merged=due)
+            # ---- everything below is only reporting and saving ----
+            losses.append(loss)
+            if args.method in UNMERGED and (step % args.eval_every == 0 or step == args.steps):
+                check_finite(losses, step, model, args)
+                losses = []
+            report.step(step, loss, rate, merged)
+            if merges.due(step) or args.method in UNMERGED and step % 10 == 0:
+                stop.agree()
+            saved.step(step, stop.agreed)
+    except (lte.ProcessLost, FloatingPointError) as error:
+        raise type(error)(f"step {step}: {error}") from error
+    finally:
+        stop.ignore()
     return report.finish()
+
+
+class Merges:
+    """When W takes up what the heads have learnt: every T steps and at the end.
+
+    With --overlap K it does so K steps after that was sent, and the heads go on meanwhile.
+    """
+
+    def __init__(self, args, model, optimizer):
+        self.args, self.model, self.optimizer = args, model, optimizer
+        self.outer = None if args.method == "dense" else make_outer_optimizer(args, model)
+        self.decay, self.count, self.work, self.sent = 1.0, 0, None, 0
+
+    def due(self, step: int) -> bool:
+        return step % self.args.merge_every == 0 or step == self.args.steps
+
+    def step(self, step: int, rate: float) -> bool:
+        """To be called after every optimizer step; True where W is new."""
+        args, last = self.args, step == self.args.steps
+        if args.method == "dense":
+            return self.due(step)
+        if args.method not in UNMERGED:  # lora's and mhlora's W stays as it is till the end
+            self.decay *= 1 - rate * args.weight_decay
+        arrives = self.work and (last or step == self.sent + args.overlap)
+        if arrives:
+            self.work.wait()
+            self.work = None
+        if not self.due(step):
+            return bool(arrives)
+        self.work = lte.merge(
+            self.model,
+            optimizer=self.optimizer,
+            reset="none" if last else args.reset,
+            decay=self.decay,
+            wire=args.wire,
+            outer_optimizer=self.outer,
+            async_op=args.overlap > 0 and not last,
+        )
+        self.decay, self.sent, self.count = 1.0, step, self.count + 1
+        return not self.work
+
+
+class Stopped(Exception):
+    """A SIGTERM was answered: the run is saved and can go on."""
+
+
+class Stop:
+    """A SIGTERM, a scheduler's notice, ends a run where all its processes agree: after a merge.
+
+    The first one is only noted, the second one kills. After a process was lost no agreement comes
+    about, so that nothing half-done is saved.
+    """
+
+    def __init__(self, args, device):
+        self.args, self.device, self.noticed, self.agreed = args, device, False, False
+        self.before = signal.signal(signal.SIGTERM, self.notice)
+
+    def notice(self, *_) -> None:
+        self.noticed = True
+        self.ignore()
+
+    def ignore(self) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+
+    def agree(self) -> None:
+        """Did any process get the signal? Collective."""
+        self.agreed = self.noticed
+        if self.args.world > 1:
+            asked = torch.tensor(float(self.noticed), device=self.device)
+            with lte.collective("agreeing on whether to stop"):
+                dist.all_reduce(asked, dist.ReduceOp.MAX)
+            self.agreed = bool(asked)
+
+
+class Checkpoints:
+    """OUT/checkpoints: what lte.save keeps, and this program's own counters beside it."""
+
+    # What a run must have in common with the one that it goes on from.
+    FLAGS = (
+        "method model patch dataset augment heads r lora_alpha init base merge_every reset wire "
+        "overlap outer_lr outer_momentum steps batch_size accumulate lr weight_decay warmup clip "
+        "label_smoothing bf16 seed"
+    )
+
+    def __init__(self, args, report, optimizer, merges):
+        self.args, self.report, self.merges, self.due = args, report, merges, False
+        self.folder = Path(args.out) / "checkpoints"
+        self.parts = report.model, optimizer, merges.outer
+
+    def step(self, step: int, stopping: bool) -> None:
+        """Save where --save-every asks for it or the run is to stop, once no merge travels."""
+        self.due |= stopping or bool(self.args.save_every and step % self.args.save_every == 0)
+        if self.due and not self.merges.work:
+            self.due, merges = False, dict(decay=self.merges.decay, count=self.merges.count)
+            flags = {name: getattr(self.args, name) for name in self.FLAGS.split()}
+            own = dict(flags=flags, merges=merges, report=self.report.state())
+            lte.save(self.folder, *self.parts, step=step, **own)
+            self.report.say(f"step {step}  saved in {self.folder}")
+            if stopping:
+                raise Stopped(f"stopped at step {step} as asked, and saved; --resume goes on")
+
+    def resume(self) -> int:
+        """Steps done: 0, or those of the checkpoint that this run was asked to go on from.
+
+        A process group that torchrun has started again (--max-restarts) needs no asking.
+        """
+        args, found, restarted = self.args, lte.checkpoints(self.folder), restarts() > 0
+        if not found and (restarted or args.compare or not args.resume):
+            self.report.start_log(0)
+            return 0
+        if found and not (args.resume or restarted):
+            raise ValueError(
+                f"{found[0]} is of an earlier run; go on from it with --resume, remove "
+                f"{self.folder}, or choose another --out"
+            )
+        previous = args.resume == "previous"
+        flags = lte.newest(self.folder, previous)[1]["extra"]["flags"]
+        for name, theirs in flags.items():
+            if theirs != getattr(args, name):
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(
+                    f"{self.folder} was saved by a run with {flag} {theirs}, this one has "
+                    f"{getattr(args, name)}; go on with the same flags, or choose another --out"
+                )
+        extra = lte.load(self.folder, *self.parts, previous=previous)
+        self.merges.decay, self.merges.count = extra["merges"]["decay"], extra["merges"]["count"]
+        self.report.restore(extra["step"], extra["report"])
+        return extra["step"]
 
 
 class Report:
@@ -838,10 +1007,10 @@ class Report:
 
     COLUMNS = "step,images,lr,train_loss,test_loss,test_accuracy,bytes_sent,seconds,merges"
 
-    def __init__(self, args, model, data, device):
-        self.args, self.data, self.device = args, data, device
+    def __init__(self, args, model, data, device, merges):
+        self.args, self.data, self.device, self.merges = args, data, device, merges
         self.model = getattr(model, "module", model)  # without DistributedDataParallel around it
-        self.out, self.merges, self.next_test = Path(args.out), 0, args.eval_every
+        self.out, self.next_test = Path(args.out), args.eval_every
         self.accuracy = self.test_loss = math.nan
         if args.method == "dense":
             self.parameters, owners = sum(p.numel() for p in model.parameters()), "all dense"
@@ -854,11 +1023,35 @@ class Report:
         self.dense_bytes = 8 * self.parameters * (self.workers - 1) / self.workers
         self.say(f"{args.method}: {args.model} on {args.dataset}, {self.parameters:,} parameters")
         self.say(f"their owners: {owners}")
-        if args.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / "log.csv").write_text(self.COLUMNS + "\n")
         self.losses, self.testing = [], 0.0  # since the last test; seconds spent on tests
+        self.step_ends = []  # in seconds of training
         self.started = self.printed = time.perf_counter()
+
+    def start_log(self, step: int) -> None:
+        """log.csv with its rows up to this step."""
+        if self.args.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            log, rows = self.out / "log.csv", []
+            if step and log.exists():
+                rows = [r for r in log.read_text().splitlines()[1:] if int(r.split(",")[0]) <= step]
+            text = "\n".join([self.COLUMNS, *rows]) + "\n"
+            write_aside(log, lambda path: path.write_text(text))
+
+    KEPT = "next_test accuracy test_loss testing"
+
+    def state(self) -> dict:
+        """What a checkpoint keeps of it."""
+        kept = {name: getattr(self, name) for name in self.KEPT.split()}
+        losses = [loss.item() for loss in self.losses]
+        return kept | dict(losses=losses, elapsed=time.perf_counter() - self.started)
+
+    def restore(self, step: int, state: dict) -> None:
+        for name in self.KEPT.split():
+            setattr(self, name, state[name])
+        self.losses = [torch.tensor(loss, device=self.device) for loss in state["losses"]]
+        self.started = time.perf_counter() - state["elapsed"]
+        self.start_log(step)
+        self.say(f"step {step}  goes on from {self.out / 'checkpoints'}")
 
     def say(self, line: str) -> None:
         if self.args.rank == 0:
@@ -872,11 +1065,13 @@ class Report:
             return lte.layout_of(self.model).bytes_sent
         if self.args.method in ONE_PROCESS:
             return 0
-        return self.merges * round(lte.cost_report(self.model, workers=self.workers)["merge"])
+        sent = lte.cost_report(self.model, wire=self.args.wire, workers=self.workers)
+        return self.merges.count * sent["merge"]
 
     def step(self, step: int, loss: Tensor, rate: float, merged: bool) -> None:
         """A test when one is due and the merged model is new; a line every five seconds."""
         self.losses.append(loss.mean())
+        self.step_ends.append(self.seconds())
         every, new = self.args.eval_every, merged or self.args.method in UNMERGED
         if new and step >= self.next_test or step == self.args.steps:
             self.next_test = (step // every + 1) * every
@@ -894,7 +1089,7 @@ class Report:
         row = (
             f"{step},{step * self.args.batch_size},{rate:.6g},{self.train_loss():.5f},"
             f"{self.test_loss:.5f},{self.accuracy:.5f},{self.bytes_sent(step)},"
-            f"{time.perf_counter() - self.started:.2f},{self.merges}"
+            f"{time.perf_counter() - self.started:.2f},{self.merges.count}"
         )
         if self.args.rank == 0:
             with open(self.out / "log.csv", "a") as file:
@@ -908,6 +1103,11 @@ class Report:
     def seconds(self) -> float:
         """Spent on training alone."""
         return time.perf_counter() - self.started - self.testing
+
+    def seconds_per_step(self) -> float | None:
+        """Mean without the first step, which warms up, and the last, whose merge is waited for."""
+        ends = self.step_ends[:-1]
+        return round((ends[-1] - ends[0]) / (len(ends) - 1), 4) if len(ends) > 1 else None
 
     def progress(self, step: int) -> None:
         self.printed, seconds = time.perf_counter(), self.seconds()
@@ -937,6 +1137,7 @@ class Report:
         counted = args.world > 1 and not dense
         result |= dict(
             images_per_second=round(args.steps * args.batch_size / seconds, 1),
+            seconds_per_step=self.seconds_per_step(),
             bytes_sent_per_step=round(sent / args.steps),
             dense_bytes_per_step=round(self.dense_bytes),
             bytes_are=f"{'counted' if counted else 'computed'} for {self.workers} processes",
@@ -989,8 +1190,22 @@ def start(args: argparse.Namespace) -> torch.device:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if args.world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Without this NCCL ends a process that waits in vain before it could say why.
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+        backend, wait = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=args.timeout)
+        with lte.collective("meeting the other processes"):
+            store, rank, world = next(dist.rendezvous("env://", timeout=wait))
+            # torchrun's store outlives a restart: addresses of the last attempt must not be read.
+            store = dist.PrefixStore(f"attempt {restarts()}", store)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world, timeout=wait
+            )
     return device
+
+
+def restarts() -> int:
+    """How often torchrun (--max-restarts) has started this group of processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def eval_only(args, data, device) -> None:
@@ -1049,6 +1264,11 @@ def draw_plot(folders: dict[str, Path], file: Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     device = start(args)
+    own = ("rank", "data", "out", "download")  # may differ from process to process
+    lte.agree(**{f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in own})
+    for method in args.compare or [args.method]:  # now that all processes would say the same
+        if error := layout_error(settle(args, method)):
+            raise ValueError(error)
     options = dict(augment=args.augment, seed=args.seed, device=device, batch_size=args.batch_size)
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     # What is fetched, or unpacked when first opened, one process a machine opens before the rest.
@@ -1079,8 +1299,12 @@ def main(argv=None) -> None:
     args = parse_args(argv)
     try:
         run(args)
-    except (ValueError, ImportError, FloatingPointError) as error:  # what a user can put right
-        sys.exit(f"train.py: {error}")
+    except Stopped as notice:
+        if args.rank == 0:
+            print(f"train.py: {notice}", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)  # as a shell has it: not finished
+    except (ValueError, ImportError, FloatingPointError, OSError, lte.ProcessLost) as error:
+        sys.exit(f"train.py: {error}")  # what a user can put right
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

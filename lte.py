@@ -1156,8 +1156,8 @@ def merge(model, *, optimizer=None, reset="none", decay=1.0, wire="fp32", outer_
         outer_optimizer: over outer_parameters(model). It steps with minus the mean as gradient,
             instead of W <- W + mean, which is SGD's step at rate 1.
         async_op: return a MergeWork at once. Heads may go on learning until its wait(), which
-            applies the merge of what they had learnt when merge was called. Holds a snapshot of
-            that and the new forward W until then.
+            applies the merge of what they had learnt when merge was called. Until then it holds a
+            snapshot of that, the new forward W and this process's part of the new master.
     Raises: ValueError or RuntimeError, nothing changed, for what cannot be merged; ProcessLost,
         after which the run has to go on from a checkpoint; FloatingPointError, nothing changed, if
         no head is finite.

@@ -4001,6 +4001,59 @@ def test_processes_started_differently_all_end_with_the_name_of_what_differs(tmp
     assert all(expected in text for text in said) and [p.returncode for p in started] == [1, 1]
 
 
+# ------------------------------------------------------------------------------------------------
+# run_ddp.sh
+# ------------------------------------------------------------------------------------------------
+
+LAUNCHER = Path(lte.__file__).with_name("run_ddp.sh")
+
+
+def launch(*flags, **variables):
+    quiet = {name: value for name, value in os.environ.items() if name not in ("RDZV", "HOSTS")}
+    options = dict(env=quiet | {"OMP_NUM_THREADS": "1"} | variables, capture_output=True, text=True)
+    return subprocess.run(["bash", LAUNCHER, *map(str, flags)], timeout=120, **options)
+
+
+@pytest.mark.parametrize(
+    "variables, says",
+    [
+        ({"NPROC": "0"}, "NPROC=0: must be a number of processes, 1 or more"),
+        ({"NNODES": "2"}, "set MASTER_ADDR and NODE_RANK, or RDZV"),
+        ({"NNODES": "1:4"}, "NNODES=1:4 is a range, which needs a place to meet; set RDZV"),
+        ({"NNODES": "2", "MASTER_ADDR": "10.0.0.1"}, "NODE_RANK=: must be this machine's number"),
+        ({"LINK": "100mbit"}, "act on emulated hosts only; set HOSTS"),
+        ({"HOSTS": "2", "LINK": "100"}, "LINK=100: must be a rate in bits a second"),
+        ({"HOSTS": "2", "NNODES": "2"}, "unset NNODES, RDZV and MASTER_ADDR"),
+    ],
+)
+def test_the_launcher_refuses_what_does_not_fit_in_one_sentence(variables, says):
+    done = launch(**variables)
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
+
+
+def namespaces():
+    return set(subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout.splitlines())
+
+
+def test_emulated_hosts_send_over_their_links_what_lte_counts_and_leave_nothing_behind(tmp_path):
+    allowed = os.geteuid() == 0 and shutil.which("ip") and shutil.which("tc")
+    if not allowed or subprocess.run(["ip", "netns", "add", "lte-may-i"]).returncode:
+        pytest.skip("needs root, ip and tc, and a system that allows network namespaces")
+    subprocess.run(["ip", "netns", "del", "lte-may-i"], check=True)
+    flags, before = "--steps 8 --batch-size 16 --eval-every 8 --out".split(), namespaces()
+    done = launch(*flags, tmp_path, HOSTS="2", LINK="1gbit")
+    assert done.returncode == 0, done.stderr
+    counted = 8 * json.loads((tmp_path / "result.json").read_text())["bytes_sent_per_step"]
+    [sent] = re.findall(r"host 1 sent (\d+) bytes", done.stderr)  # host 0 sends the model too
+    assert 1 < int(sent) / counted < 1.05
+    assert namespaces() <= before
+
+
+# ------------------------------------------------------------------------------------------------
+# README.md
+# ------------------------------------------------------------------------------------------------
+
+
 def test_the_readme_example_runs():
     """The "After" block of README.md as it stands, with torchvision's own VisionTransformer."""
     text = (Path(__file__).parent / "README.md").read_text()

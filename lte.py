@@ -1770,6 +1770,7 @@ def storage(call, tensors, path, layout):
 
 
 def barrier(what):
+    """All processes wait here for each other; nothing on one."""
     if processes()[1] > 1:
         with collective(what):
             dist.barrier()

@@ -410,13 +410,13 @@ def formed_is_cheaper(tokens, o, i):
 
     Multiply-adds of one head with M tokens, forward and backward, beside the 2 M o i of W itself:
 
-        textbook  (x V^T) U^T, and the same for the gradient of x      4 M r (o + i)
-        formed    W + s U V, once in each direction                    4 o i r
+        textbook  (x V^T) U^T and (g U) V     4 M r (o + i)      x A^T, dA, dB     M r (o + 2 i)
+        formed    W + s U V, twice            4 o i r            x A^T, g B, dA, dB  2 M r (o + i)
 
-    and 2 M r (o + i) for the factors' gradients in both. So forming pays from o i / (o + i) tokens
-    on, half the width of a square layer, whatever r.
+    U and V have rank 2r, and g B is there with g U. So forming pays where M (3 o + 4 i) > 4 o i:
+    from 4/7 of the width on for a square layer, whatever r.
     """
-    return tokens * (o + i) > o * i
+    return tokens * (3 * o + 4 * i) > 4 * o * i
 
 
 def aligned(x):
@@ -441,47 +441,59 @@ class HeadProduct(torch.autograd.Function):
         dx = g (W + s U V),    dB = s g^T (x A^T),    dA = s (g B)^T x
 
     Only x is kept for the backward pass: W is decoded from its rows again, and W + s U V, where it
-    is formed, is formed again and let go at once. Under autocast it is formed in full precision and
-    rounded once, as dense training rounds its W.
+    is formed, is formed again, each head's in the place of the last one's. Under autocast it is
+    formed in full precision and rounded once, as dense training rounds its W; and nothing here is
+    cast a second time, for in-place products and those with out= are left alone.
     """
 
     @staticmethod
     def forward(ctx, x, A, B, merged_A, merged_B, W, s, rows, base):
         device, ctx.x_dtype, ctx.s, ctx.base = x.device.type, x.dtype, s, base
-        autocast = torch.is_autocast_enabled(device)
-        x = x.to(torch.get_autocast_dtype(device) if autocast else x.dtype)
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
         ctx.save_for_backward(x, A, B, merged_A, merged_B, rows)
-        y = aligned_empty(x, *x.shape[:2], len(W))  # (n, M, o), the products are written in place
-        with torch.autocast(device, enabled=False):
-            for n, x_n in enumerate(map(aligned, x)):
-                U, V = factor_update(A[n], B[n], merged_A[n], merged_B[n])
-                if formed_is_cheaper(len(x_n), *W.shape):
-                    torch.mm(x_n, torch.addmm(W, s * U, V).to(x.dtype).mT, out=y[n])
-                else:
-                    torch.mm(x_n, W.to(x.dtype).mT, out=y[n])
-                    y[n].addmm_(x_n @ V.to(x.dtype).mT, (s * U).to(x.dtype).mT)
+        y = aligned_empty(x, *x.shape[:2], len(W))  # (n, M, o)
+        form = formed_is_cheaper(x.shape[1], *W.shape)
+        formed, W_x = torch.empty_like(W), None if form else W.to(x.dtype)
+        for x_n, y_n, *factors in zip(x, y, A, B, merged_A, merged_B, strict=True):
+            x_n, (U, V) = aligned(x_n), factor_update(*factors)
+            if form:
+                torch.addmm(W, U, V, alpha=s, out=formed)  # W + s U V
+                torch.mm(x_n, formed.to(x.dtype).mT, out=y_n)
+            else:
+                torch.mm(x_n, W_x.mT, out=y_n)
+                y_n.addmm_(x_n @ V.to(x.dtype).mT, U.to(x.dtype).mT, alpha=s)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x, A, B, merged_A, merged_B, rows = ctx.saved_tensors
-        s, o, i = ctx.s, B.shape[1], A.shape[2]
-        dx, dA, dB = aligned_empty(x, *x.shape), torch.empty_like(A), torch.empty_like(B)
+        s, r, o, i, need_dx = ctx.s, A.shape[1], B.shape[1], A.shape[2], ctx.needs_input_grad[0]
+        dx, dA, dB = (aligned_empty(x, *like.shape) for like in (x, A, B))
         W = decode(rows, ctx.base, A.dtype).flatten()[: o * i].view(o, i)
-        with torch.autocast(g.device.type, enabled=False):
-            for n, (x_n, g_n) in enumerate(zip(map(aligned, x), map(aligned, g), strict=True)):
-                dB[n] = s * (g_n.mT @ (x_n @ aligned(A[n]).to(x.dtype).mT))
-                dA[n] = s * ((g_n @ aligned(B[n]).to(x.dtype)).mT @ x_n)
-                if not ctx.needs_input_grad[0]:
-                    continue
-                U, V = factor_update(A[n], B[n], merged_A[n], merged_B[n])
-                if formed_is_cheaper(len(x_n), o, i):
-                    torch.mm(g_n, torch.addmm(W, s * U, V).to(x.dtype), out=dx[n])
-                else:
-                    torch.mm(g_n, W.to(x.dtype), out=dx[n])
-                    dx[n].addmm_(g_n @ (s * U).to(x.dtype), V.to(x.dtype))
-        return dx.to(ctx.x_dtype) if ctx.needs_input_grad[0] else None, dA, dB, *[None] * 6
+        form = formed_is_cheaper(x.shape[1], o, i)
+        formed, W_x = torch.empty_like(W), None if form else W.to(x.dtype)
+        for x_n, g_n, dx_n, dA_n, dB_n, *factors in zip(
+            x, g, dx, dA, dB, A, B, merged_A, merged_B, strict=True
+        ):
+            x_n, g_n, (U, V) = aligned(x_n), aligned(g_n), factor_update(*factors)
+            A_n, B_n = (aligned(factor).to(x.dtype) for factor in factors[:2])
+            torch.mm(g_n.mT, x_n @ A_n.mT, out=dB_n)
+            if form or not need_dx:
+                gB = g_n @ B_n
+            else:  # g U = [g (B - B'), g B'] is needed anyway
+                gU = g_n @ U.to(x.dtype)
+                gB = gU[:, :r] + gU[:, r:]
+            torch.mm(gB.mT, x_n, out=dA_n)
+            if need_dx and form:
+                torch.addmm(W, U, V, alpha=s, out=formed)
+                torch.mm(g_n, formed.to(x.dtype), out=dx_n)
+            elif need_dx:
+                torch.mm(g_n, W_x, out=dx_n)
+                dx_n.addmm_(gU, V.to(x.dtype), alpha=s)
+        dA, dB = (d.to(A.dtype).mul_(s) for d in (dA, dB))
+        return dx.to(ctx.x_dtype) if need_dx else None, dA, dB, *[None] * 6
 
 
 def side_by_side(A, B):

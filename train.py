@@ -731,13 +731,16 @@ def make_model(args, data, device) -> nn.Module:
 def make_optimizer(args, model) -> torch.optim.Optimizer:
     """AdamW. Weight decay only on dense matrices: for the heads W decays at the merge instead."""
     matrix_dim = {"dense": 2, "localsgd": 3}.get(args.method, math.inf)  # copies are stacked
-    groups = [
-        dict(params=[p for p in model.parameters() if p.dim() >= matrix_dim]),
-        dict(params=[p for p in model.parameters() if p.dim() < matrix_dim], weight_decay=0.0),
-    ]
-    groups = [g for g in groups if g["params"]]
-    on_gpu = next(model.parameters()).is_cuda  # on a CPU, fused Adam's bits depend on the layout
-    return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=on_gpu)
+    groups = {}
+    for p in model.parameters():
+        own = p if args.method == "dense" else p[0]  # what one head has
+        # The fused kernel rounds differently past the last whole vector, and where that lies
+        # depends on how many heads are here; such odd sizes are few and small.
+        fused = p.is_cuda or own.numel() % 16 == 0
+        decay = args.weight_decay if p.dim() >= matrix_dim else 0.0
+        groups.setdefault((decay, fused), []).append(p)
+    groups = [dict(params=ps, weight_decay=wd, fused=fused) for (wd, fused), ps in groups.items()]
+    return torch.optim.AdamW(groups, lr=args.lr)
 
 
 def make_outer_optimizer(args, model) -> torch.optim.Optimizer | None:

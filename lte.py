@@ -54,9 +54,11 @@ Not here: going on without a lost process (the run starts again from its checkpo
 there are then), fp16 loss scaling, tied weights.
 
 Sections: 1 heads and processes - 2 factors - 3 merged tensors - 4 the low-rank layer - 5 what else
-heads own - 6 convert - 7 merge - 8 training helpers - 9 checkpoints - 10 export and counts
+heads own - 6 convert - 7 merge - 8 training helpers - 9 checkpoints - 10 export and counts -
+11 how far apart heads are
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -64,6 +66,7 @@ import os
 import re
 import shutil
 import warnings
+from collections import defaultdict
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -166,13 +169,17 @@ def collective(what):
         ) from error
 
 
+# Renamed in torch 2.14, where the old name warns.
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+
+
 def all_gather(mine, layout, group=None):
     """(...) of every process -> (P, ...); counts what leaves this one on a ring."""
     if layout.world == 1:
         return mine.unsqueeze(0)
     everyone = mine.new_empty(layout.world, *mine.shape)
     with collective("all-gather"):
-        dist.all_gather_into_tensor(everyone.view(-1), mine.contiguous().view(-1), group=group)
+        getattr(dist, GATHER)(everyone.view(-1), mine.contiguous().view(-1), group=group)
     layout.bytes_sent += mine.nbytes * (layout.world - 1)
     return everyone
 
@@ -345,6 +352,10 @@ class Merged(nn.Module):
         """Rows of a piece that one process keeps; the last ones get fewer, or none."""
         return math.ceil((piece.stop - piece.start) / self.layout.world)
 
+    def rows_of_one(self, P):
+        """Rows that one of P processes keeps and sends to each other one; the most, if unequal."""
+        return sum(math.ceil((piece.stop - piece.start) / P) for piece in self.pieces)
+
     def part(self, piece):
         """Which rows of a piece this process keeps the master of, a slice."""
         share = self.share(piece)
@@ -436,9 +447,11 @@ def aligned_empty(like, n, rows, columns):
 
 
 class HeadProduct(torch.autograd.Function):
-    """y = x (W + s U V)^T, head by head: x (n, M, i), A (n, r, i), B (n, o, r) -> y (n, M, o).
+    """y = x (W + s U V)^T + bias, head by head.
 
-        dx = g (W + s U V),    dB = s g^T (x A^T),    dA = s (g B)^T x
+    x (n, M, i), A (n, r, i), B (n, o, r), bias (n, o) or None -> y (n, M, o)
+
+        dx = g (W + s U V),    dB = s g^T (x A^T),    dA = s (g B)^T x,    dbias = g^T 1
 
     Only x is kept for the backward pass: W is decoded from its rows again, and W + s U V, where it
     is formed, is formed again, each head's in the place of the last one's. Under autocast it is
@@ -447,7 +460,7 @@ class HeadProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, A, B, merged_A, merged_B, W, s, rows, base):
+    def forward(ctx, x, A, B, bias, merged_A, merged_B, W, s, rows, base):
         device, ctx.x_dtype, ctx.s, ctx.base = x.device.type, x.dtype, s, base
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
@@ -455,13 +468,16 @@ class HeadProduct(torch.autograd.Function):
         y = aligned_empty(x, *x.shape[:2], len(W))  # (n, M, o)
         form = formed_is_cheaper(x.shape[1], *W.shape)
         formed, W_x = torch.empty_like(W), None if form else W.to(x.dtype)
-        for x_n, y_n, *factors in zip(x, y, A, B, merged_A, merged_B, strict=True):
-            x_n, (U, V) = aligned(x_n), factor_update(*factors)
+        bias = y.new_zeros(len(y), len(W)) if bias is None else bias.to(y.dtype)
+        for x_n, y_n, bias_n, U, V in zip(
+            x, y, bias, *factor_update(A, B, merged_A, merged_B), strict=True
+        ):
+            x_n, U, V = aligned(x_n), aligned(U), aligned(V)
             if form:
                 torch.addmm(W, U, V, alpha=s, out=formed)  # W + s U V
-                torch.mm(x_n, formed.to(x.dtype).mT, out=y_n)
+                torch.addmm(bias_n, x_n, formed.to(x.dtype).mT, out=y_n)
             else:
-                torch.mm(x_n, W_x.mT, out=y_n)
+                torch.addmm(bias_n, x_n, W_x.mT, out=y_n)
                 y_n.addmm_(x_n @ V.to(x.dtype).mT, U.to(x.dtype).mT, alpha=s)
         return y
 
@@ -469,16 +485,18 @@ class HeadProduct(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         x, A, B, merged_A, merged_B, rows = ctx.saved_tensors
-        s, r, o, i, need_dx = ctx.s, A.shape[1], B.shape[1], A.shape[2], ctx.needs_input_grad[0]
+        s, r, o, i = ctx.s, A.shape[1], B.shape[1], A.shape[2]
+        need_dx, need_dbias = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
         dx, dA, dB = (aligned_empty(x, *like.shape) for like in (x, A, B))
+        dbias = A.new_zeros(len(B), o)  # full precision: a sum over all tokens
         W = decode(rows, ctx.base, A.dtype).flatten()[: o * i].view(o, i)
         form = formed_is_cheaper(x.shape[1], o, i)
         formed, W_x = torch.empty_like(W), None if form else W.to(x.dtype)
-        for x_n, g_n, dx_n, dA_n, dB_n, *factors in zip(
-            x, g, dx, dA, dB, A, B, merged_A, merged_B, strict=True
+        factors = A.to(x.dtype), B.to(x.dtype), *factor_update(A, B, merged_A, merged_B)
+        for x_n, g_n, dx_n, dA_n, dB_n, dbias_n, *own in zip(
+            x, g, dx, dA, dB, dbias, *factors, strict=True
         ):
-            x_n, g_n, (U, V) = aligned(x_n), aligned(g_n), factor_update(*factors)
-            A_n, B_n = (aligned(factor).to(x.dtype) for factor in factors[:2])
+            x_n, g_n, A_n, B_n, U, V = map(aligned, (x_n, g_n, *own))
             torch.mm(g_n.mT, x_n @ A_n.mT, out=dB_n)
             if form or not need_dx:
                 gB = g_n @ B_n
@@ -486,6 +504,8 @@ class HeadProduct(torch.autograd.Function):
                 gU = g_n @ U.to(x.dtype)
                 gB = gU[:, :r] + gU[:, r:]
             torch.mm(gB.mT, x_n, out=dA_n)
+            if need_dbias:
+                torch.sum(g_n, 0, dtype=A.dtype, out=dbias_n)
             if need_dx and form:
                 torch.addmm(W, U, V, alpha=s, out=formed)
                 torch.mm(g_n, formed.to(x.dtype), out=dx_n)
@@ -493,7 +513,8 @@ class HeadProduct(torch.autograd.Function):
                 torch.mm(g_n, W_x, out=dx_n)
                 dx_n.addmm_(gU, V.to(x.dtype), alpha=s)
         dA, dB = (d.to(A.dtype).mul_(s) for d in (dA, dB))
-        return dx.to(ctx.x_dtype) if need_dx else None, dA, dB, *[None] * 6
+        dx, dbias = dx.to(ctx.x_dtype) if need_dx else None, dbias if need_dbias else None
+        return dx, dA, dB, dbias, *[None] * 6
 
 
 def side_by_side(A, B):
@@ -586,9 +607,8 @@ class MultiheadLoRALinear(Merged):
         else:  # all samples to one head of rank N r, with s / N
             s, x_n = self.scaling / self.layout.heads, x.reshape(1, -1, self.in_features)
             now, then = side_by_side(*now), side_by_side(*then)
-        y_n = HeadProduct.apply(x_n, *now, *then, self.weight, s, self.rows, self.base)
-        if bias is not None:
-            y_n += bias.view(len(y_n), 1, -1)  # in place: y is large
+        bias = None if bias is None else bias.view(len(x_n), -1)  # (n, o), or (1, o) for all
+        y_n = HeadProduct.apply(x_n, *now, bias, *then, self.weight, s, self.rows, self.base)
         return y_n.reshape(*x.shape[:-1], self.out_features)
 
     def learnt(self):
@@ -921,7 +941,8 @@ def convert(model, *, heads, r, lora_alpha=None, base="fp32", parallel=True, ini
     broadcast(model, layout)
     layout.names = [name for name in model.state_dict() if not name.endswith("_extra_state")]
     factors = dict(r=r, lora_alpha=lora_alpha, base=base, init=init)
-    for name, (kind, module) in plan.items():
+    for name in list(plan):
+        kind, module = plan.pop(name)  # so that a dense weight goes when its layer is made
         parent_name, _, child = name.rpartition(".")
         new = build(kind, module, name + "." if name else "", layout, factors)
         if new is None:
@@ -964,17 +985,14 @@ def make_plan(model, r, bare, skip):
         if id(module) in seen and list(module.buffers(recurse=False)):
             raise ValueError(f"{seen[id(module)]} and {name} are one module with buffers; untie it")
         seen[id(module)] = name
-    plan = {}
-
-    def place(name, module):
-        kind = find_kind(name, module, r, skip)
-        plan[name] = kind, module
-        if kind in ("walk", "bare"):
-            for child_name, child in module._modules.items():  # one used twice comes twice
-                if child is not None:
-                    place(f"{name}.{child_name}" if name else child_name, child)
-
-    place("", model)
+    plan, todo = {}, [("", model)]
+    while todo:  # depth first, in the order of the model
+        name, module = todo.pop()
+        plan[name] = kind, _ = find_kind(name, module, r, skip), module
+        children = module._modules.items() if kind in ("walk", "bare") else ()
+        for child_name, child in reversed(children):  # one used twice comes twice
+            if child is not None:
+                todo.append((f"{name}.{child_name}" if name else child_name, child))
     check_bare({n: m for n, (kind, m) in plan.items() if kind == "bare"}, bare)
     if r is not None and not any(k in ("linear", "conv", "attention") for k, _ in plan.values()):
         raise ValueError(
@@ -1814,27 +1832,140 @@ def merged_state_dict(model):
     return {name: tensors[name] for name in layout.names}
 
 
-def cost_report(model, *, merge_every=1, wire="fp32", workers=None):
-    """Bytes that leave one of `workers` processes (default: those running), by kind.
+HELD = {  # what a tensor's name says of it; the rest of what heads own are copies
+    "rows": "forward",
+    "master": "master",
+    "lora_A": "factors",
+    "lora_B": "factors",
+    "merged_A": "old factors",
+    "merged_B": "old factors",
+}
 
-    Returns {"deltas", "forward", "heads", "merge", "step", "dense"}: of one merge, for each row of
-    64 weights 256 bytes of delta (all-to-all; 128 with wire="bf16") and its forward format
-    (all-gather), each sent to P - 1 others; one byte a head that says whether it is sound; their
-    sum; the sum over `merge_every` steps, a step's worth; and a step of data parallel training, an
-    fp32 all-reduce of every trained parameter on a ring.
+
+def cost_report(model, optimizer=None, *, outer_optimizer=None, merge_every=1, wire="fp32",
+                workers=None):
+    """Bytes that one of `workers` processes (default: those running) holds and sends.
+
+    Returns {"held": by kind, "held_dense": by kind, "sent": by kind}.
+    held: what training keeps from step to step, and the gradients; "all" is the sum. Activations
+        come on top, no more than a dense model's, and one layer's W while it is multiplied with.
+    held_dense: the same for data parallel AdamW, 16 bytes for every trained parameter in fp32.
+    sent: of one merge, for each row of 64 weights 256 bytes of "deltas" (all-to-all; 128 with
+        wire="bf16") and its "forward" format (all-gather), each to P - 1 others, and one byte a
+        head that says whether it is sound; "merge" is their sum, "step" a step's share of it where
+        every merge_every steps are merged; "dense" a step of data parallel training, an fp32
+        all-reduce of every trained parameter on a ring.
+
+    An optimizer counts with the state of its first step, if that is numbers and tensors of the
+    parameter's shape. Where processes hold unequal shares, process 0 has the largest, and is meant.
     """
-    layout, tensors = layout_of(model), merged_tensors(model)
-    P = workers or layout.world
-    sent = {"deltas": 0, "forward": 0, "heads": layout.heads // P * (P - 1)}
-    for m in tensors:
-        wide = (WIRES[wire] or m.dtype).itemsize
-        for piece in m.pieces:
-            share = math.ceil((piece.stop - piece.start) / P)
-            sent["deltas"] += share * BLOCK * wide * (P - 1)
-            sent["forward"] += share * m.rows[0].nbytes * (P - 1)
-    sent["merge"] = sum(sent.values())
-    sent["step"] = sent["merge"] / merge_every
-    owned = census(model)
+    layout, P = layout_of(model), workers or processes()[1]
+    if P < 1 or layout.heads % P:
+        raise ValueError(f"{layout.heads} heads do not spread over workers={P}; use a divisor")
+    owned, item = census(model), merged_tensors(model)[0].dtype.itemsize
     trained = sum(owned["low-rank"].values()) + sum(owned["copies"].values())
-    sent["dense"] = 8 * trained * (P - 1) / P
-    return sent
+    held = bytes_held(model, optimizer, outer_optimizer, P)
+    dense = dict(weights=item * trained, gradients=item * trained, optimizer=2 * item * trained)
+    sent = dict(deltas=0, forward=0, heads=layout.heads // P * (P - 1))
+    for m in merged_tensors(model):
+        wide = (WIRES[wire] or m.dtype).itemsize
+        sent["deltas"] += m.rows_of_one(P) * BLOCK * wide * (P - 1)
+        sent["forward"] += m.rows_of_one(P) * m.rows[0].nbytes * (P - 1)
+    held["all"], dense["all"], sent["merge"] = (sum(d.values()) for d in (held, dense, sent))
+    sent |= dict(step=sent["merge"] / merge_every, dense=8 * trained * (P - 1) / P)
+    return dict(held=held, held_dense=dense, sent=sent)
+
+
+def bytes_held(model, optimizer, outer_optimizer, P):
+    """kind -> bytes on process 0 of P."""
+    held = dict.fromkeys([*HELD.values(), "copies", "gradients", "optimizer", "outer", "frozen"], 0)
+    state, outer_state = state_size(optimizer), state_size(outer_optimizer)
+    for m in model.modules():
+        for name, tensor in (*m._parameters.items(), *m._buffers.items()):
+            kind = HELD.get(name, "copies") if isinstance(m, (Merged, PerHead)) else "frozen"
+            if tensor is None or kind == "master":
+                continue
+            one_for_all = kind in ("forward", "frozen")  # the others have one for each head here
+            numel = tensor.numel() if one_for_all else tensor.numel() * processes()[1] // P
+            held[kind] += numel * tensor.itemsize
+            if tensor.requires_grad:
+                held["gradients"] += numel * tensor.itemsize
+                held["optimizer"] += numel * state[0] + state[1]
+        if isinstance(m, Merged):
+            part = m.rows_of_one(P) * BLOCK  # of the master
+            held["master"] += part * m.dtype.itemsize if m.master is not None else 0
+            held["outer"] += part * outer_state[0] + len(m.pieces) * outer_state[1]
+    return held
+
+
+def state_size(optimizer):
+    """Bytes that an optimizer's first step leaves: (for each element, for each parameter)."""
+    if optimizer is None:
+        return 0, 0
+    like = optimizer.param_groups[0]["params"][0]
+    trial = torch.zeros(2, 3, dtype=like.dtype, device=like.device)
+    trial.grad = torch.zeros_like(trial)
+    other = copy.copy(optimizer)
+    other.param_groups = [{**optimizer.param_groups[0], "params": [trial]}]
+    other.state = defaultdict(dict)
+    other.step()
+    state = [value for value in other.state[trial].values() if torch.is_tensor(value)]
+    alike = [value.shape == trial.shape for value in state]
+    return (
+        sum(value.itemsize for value, same in zip(state, alike, strict=True) if same),
+        sum(value.nbytes for value, same in zip(state, alike, strict=True) if not same),
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# 11 how far apart heads are
+# ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def subspace_report(model):
+    """How far apart the heads are, and how many directions the update has. Collective.
+
+    Returns {layer's weight: {"cosine", "grassmann", "effective_rank"}} of what the factors say now
+    (without reset: of everything learnt since the start).
+    cosine: mean over pairs of heads of <B_m A_m, B_n A_n> / (|B_m A_m| |B_n A_n|); NaN for one head
+        or where a head's B is zero.
+    grassmann: mean over pairs of sqrt(sum_j theta_j^2), theta_j the angles between the row spaces
+        of A_m and A_n, as a share of its largest value, sqrt(r) pi / 2; NaN for one head.
+    effective_rank: exp(entropy of p), p the singular values of sum_n B_n A_n divided by their sum;
+        from 1 to min(in, out, N r). NaN where it is zero.
+    """
+    layout, report = layout_of(model), {}
+    upper = torch.ones(layout.heads, layout.heads).triu(1).bool()  # each pair once
+    for m in merged_tensors(model):
+        if not isinstance(m, MultiheadLoRALinear):
+            continue
+        A, B = (every_head(factor, layout).double() for factor in (m.lora_A, m.lora_B))
+        # <B_m A_m, B_n A_n> = sum of (B_m^T B_n) * (A_m A_n^T): r x r, never out x in
+        inner = (pairs(B.mT) * pairs(A)).sum((2, 3))  # (N, N)
+        norms = inner.diagonal().clamp(min=0).sqrt()
+        Q = torch.linalg.qr(A.mT).Q.mT  # (N, r, in), orthonormal rows
+        theta = torch.linalg.svdvals(pairs(Q)).clamp(max=1).acos()  # (N, N, r)
+        distance = theta.square().sum(2).sqrt() / (math.sqrt(m.r) * math.pi / 2)
+        (A,), (B,) = side_by_side(A, B)
+        p = torch.linalg.svdvals(B @ A)
+        p = p / p.sum()
+        report[m.plain] = dict(
+            cosine=(inner / norms.outer(norms))[upper].mean().item(),
+            grassmann=distance[upper].mean().item(),
+            effective_rank=torch.special.entr(p).sum().exp().item(),
+        )
+    return report
+
+
+def pairs(x):
+    """x (N, r, k) -> (N, N, r, r), every x_m x_n^T."""
+    return x.unsqueeze(1) @ x.mT
+
+
+def every_head(factor, layout):
+    """(n, ...) of each process -> (N, ...) on all; training does not send it: not counted."""
+    sent = layout.bytes_sent
+    everyone = all_gather(factor.detach(), layout).flatten(0, 1)
+    layout.bytes_sent = sent
+    return everyone

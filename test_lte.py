@@ -32,6 +32,7 @@ import time
 import traceback
 import types
 import warnings
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -544,10 +545,11 @@ def test_the_layer_equals_its_twin_in_value_and_gradients_through_merges(paralle
 
 @pytest.mark.parametrize("tokens, formed", [(3, 0), (B, 1)])
 def test_the_form_with_fewer_multiply_adds_is_used(monkeypatch, tokens, formed):
-    used, addmm = [], torch.addmm
-    monkeypatch.setattr(torch, "addmm", lambda *a, **k: used.append("formed") or addmm(*a, **k))
+    scaled, addmm = [], torch.addmm  # with s: W + s U V, formed
+    count = lambda *a, **k: scaled.append("alpha" in k) or addmm(*a, **k)  # noqa: E731
+    monkeypatch.setattr(torch, "addmm", count)
     convert(nn.Linear(IN, OUT).double())(torch.ones(N * tokens, IN).double())
-    assert len(used) == formed * N  # 4 o i / (3 o + 4 i) = 3.4 tokens
+    assert sum(scaled) == formed * N  # 4 o i / (3 o + 4 i) = 3.4 tokens
 
 
 @pytest.mark.parametrize("samples", [1, B])
@@ -705,6 +707,34 @@ def test_a_model_cast_to_double_after_convert_computes_in_double():
         twin.A0, twin.B0 = layer.merged_A, layer.merged_B
         close(layer(batch()[0]), twin(batch()[0]))
         lte.merge(layer)
+
+
+def kept_for_backward(model, x, **autocast):
+    """Bytes of activations: of what the graph holds and the model does not."""
+    held = (*model.parameters(), *model.buffers())
+    kept, own = {}, {tensor.untyped_storage().data_ptr() for tensor in held}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = len(storage)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, **autocast):
+            y = model(x)
+    return y, sum(size for pointer, size in kept.items() if pointer not in own)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("base", ["fp32", "nf4"])
+def test_a_model_keeps_no_more_activations_than_the_dense_one(base, tokens, autocast):
+    torch.manual_seed(0)
+    layers = nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32), nn.Linear(32, 16)
+    x, dense = torch.randn(4, tokens, 32), nn.Sequential(*layers)
+    _, allowed = kept_for_backward(dense, x, enabled=autocast)
+    _, kept = kept_for_backward(convert(dense, heads=4, base=base), x, enabled=autocast)
+    assert kept <= allowed
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -1206,6 +1236,19 @@ def test_pretrained_weights_lead_back_bit_for_bit(base):
     same(exported, before)
 
 
+def test_a_dense_weight_is_let_go_when_its_layer_is_made(monkeypatch):
+    model = nn.Sequential(*(nn.Linear(IN, IN) for _ in range(4)))
+    weights, alive, build = [weakref.ref(layer.weight) for layer in model], [], lte.build
+
+    def counted(*args):
+        alive.append(sum(ref() is not None for ref in weights))
+        return build(*args)
+
+    monkeypatch.setattr(lte, "build", counted)
+    convert(model)
+    assert alive == [4, 4, 3, 2, 1]  # the root first, which stays
+
+
 def test_the_root_may_be_the_only_layer():
     layer = convert(nn.Linear(IN, OUT))
     assert isinstance(layer, lte.MultiheadLoRALinear)
@@ -1318,6 +1361,23 @@ def test_with_one_head_merging_is_invisible_to_training(merge_every):
         if k % merge_every == 0:
             lte.merge(merging)
         close(merging(x), never(x), rtol=1e-8)
+
+
+@pytest.mark.parametrize("heads", [1, 4, 16])
+def test_more_heads_bring_the_first_merged_step_closer_to_the_gradient(heads):
+    """With SGD at B = 0 it is the mean of G A_n^T A_n, each a projection times d / r; so its cosine
+    to G is 1 / sqrt(1 + (d / r - 1) / N): for one head sqrt(r / d), and 1 for many.
+    """
+    d, r = 64, 8
+    layer = convert(nn.Linear(d, d, bias=False).double(), heads=heads, r=r, lora_alpha=r)
+    W, G = layer.weight.clone(), torch.randn(d, d, dtype=torch.float64)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    x, g = torch.eye(d, dtype=torch.float64).repeat(heads, 1), G.mT.repeat(heads, 1)
+    (layer(x) * g).sum().backward()  # every head's dL/dW is G
+    optimizer.step()
+    lte.merge(layer)
+    cosine = F.cosine_similarity((W - layer.weight).flatten(), G.flatten(), dim=0).item()
+    assert cosine == pytest.approx((1 + (d / r - 1) / heads) ** -0.5, rel=0.05)
 
 
 def test_a_rounds_update_has_rank_r_a_head_and_N_r_merged_and_twice_that_later():
@@ -1606,7 +1666,7 @@ def test_processes_seeded_differently_start_from_the_same_weights_with_different
 def train_while_nobody_talks():
     model = lte.convert(net(), heads=4, r=2, lora_alpha=8, base="nf4")
     optimizer = torch.optim.Adam(model.parameters())
-    talks = "all_reduce broadcast all_gather all_gather_into_tensor all_to_all all_to_all_single \
+    talks = f"all_reduce broadcast all_gather {lte.GATHER} all_to_all all_to_all_single \
         reduce reduce_scatter reduce_scatter_tensor gather scatter barrier send recv".split()
 
     def refuse(*args, **options):
@@ -1688,7 +1748,7 @@ KINDS = list(itertools.product(lte.BASES, lte.WIRES, (lte.PIECE, 7)))  # 7 rows 
 def count_every_kind():
     """kind -> bytes of one merge: given to collectives here, by lte.bytes_sent, and foretold."""
     world, sent, counts = dist.get_world_size(), [], {}
-    to_all, gather = dist.all_to_all_single, dist.all_gather_into_tensor
+    to_all, gather = dist.all_to_all_single, getattr(dist, lte.GATHER)
 
     def counted_to_all(output, chunks, **options):
         sent.append(chunks.nbytes * (world - 1) // world)
@@ -1698,14 +1758,15 @@ def count_every_kind():
         sent.append(mine.nbytes * (world - 1))
         return gather(output, mine, **options)
 
-    dist.all_to_all_single, dist.all_gather_into_tensor = counted_to_all, counted_gather
+    dist.all_to_all_single = counted_to_all
+    setattr(dist, lte.GATHER, counted_gather)
     for base, wire, piece in KINDS:
         lte.PIECE = piece
         model = learn(awkward_bytes(base))
         sent.clear()
         lte.merge(model, wire=wire)
         counted = sum(sent), lte.layout_of(model).bytes_sent
-        counts[base, wire, piece] = *counted, lte.cost_report(model, wire=wire)["merge"]
+        counts[base, wire, piece] = *counted, lte.cost_report(model, wire=wire)["sent"]["merge"]
     return counts
 
 
@@ -1719,16 +1780,26 @@ def test_the_bytes_sent_are_those_foretold_for_every_base_wire_and_size(world, m
     foretold = {}
     for base, wire, piece in KINDS:
         monkeypatch.setattr(lte, "PIECE", piece)
-        cost = lte.cost_report(awkward_bytes(base), wire=wire, workers=world)
+        cost = lte.cost_report(awkward_bytes(base), wire=wire, workers=world)["sent"]
         assert cost["heads"] == 12 // world * (world - 1)
         foretold[base, wire, piece] = (cost["merge"],) * 3
     assert on_processes(world, count_every_kind) == [foretold] * world
 
 
+@pytest.mark.parametrize("workers", [0, 5, 24])
+def test_heads_that_do_not_spread_over_the_workers_cannot_be_counted(workers):
+    model = awkward_bytes("fp32")
+    if workers:
+        with pytest.raises(ValueError, match=f"12 heads do not spread over workers={workers}"):
+            lte.cost_report(model, workers=workers)
+    else:  # none given: those running
+        assert lte.cost_report(model, workers=0) == lte.cost_report(model, workers=1)
+
+
 def test_deltas_take_256_bytes_a_row_and_half_of_it_over_a_bf16_wire():
     model = lte.convert(nn.Linear(10, 384, bias=False), heads=4, r=2, lora_alpha=8, base="nf4")
     for wire, row in (("fp32", 256), ("bf16", 128)):
-        cost = lte.cost_report(model, workers=4, wire=wire)
+        cost = lte.cost_report(model, workers=4, wire=wire)["sent"]
         assert (cost["deltas"], cost["forward"]) == (3 * 15 * row, 3 * 15 * 36)
 
 
@@ -2388,7 +2459,7 @@ def as_if_among(world, patch):
     patch.setattr(lte, "processes", lambda: (0, world))
     patch.setattr(lte, "agree", lambda **values: None)
     patch.setattr(lte, "broadcast", lambda *args: None)
-    patch.setattr(dist, "all_gather_into_tensor", gather)
+    patch.setattr(dist, lte.GATHER, gather)
     patch.setattr(dist, "all_to_all_single", lambda arrived, sent, group=None: arrived.copy_(sent))
 
 
@@ -3232,6 +3303,143 @@ def test_a_converted_models_state_reloads_into_another(base):
     same(other.eval()(x), model.eval()(x))
 
 
+def of_all_kinds(base):
+    layers = nn.Linear(10, 101), nn.LayerNorm(101), nn.Linear(101, 33), nn.Linear(33, 3)
+    options = dict(heads=4, r=4, lora_alpha=8, base=base)
+    return lte.convert(nn.Sequential(*layers), skip=["2"], **options)
+
+
+def held(base, optimizer, outer):
+    """(what cost_report says, what is really there) after two steps with a merge each."""
+    model = of_all_kinds(base)
+    inner = optimizer(model.parameters())
+    outer = nesterov(model) if outer else None
+    said = lte.cost_report(model, inner, outer_optimizer=outer)["held"]
+    x = torch.randn(lte.layout_of(model).local * B, 10)
+    for _ in range(2):
+        model(x).square().sum().backward()
+        inner.step()
+        lte.merge(model, outer_optimizer=outer)
+    state = [v for o in (inner, outer) if o for s in o.state.values() for v in s.values()]
+    tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
+    tensors += [v for v in state if torch.is_tensor(v)]
+    storages = [t.untyped_storage() for t in tensors if t is not None]
+    said["all of it"] = sum(said[kind] for kind in said if kind != "all")
+    return said, sum({storage.data_ptr(): len(storage) for storage in storages}.values())
+
+
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("base", lte.BASES)
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD], ids=["AdamW", "SGD"])
+def test_the_bytes_held_are_those_that_the_tensors_take(optimizer, base, outer):
+    said, there = held(base, optimizer, outer)
+    assert said["all"] == said["all of it"] == there
+
+
+@pytest.mark.parametrize("base", ["fp32", "nf4"])
+def test_what_a_worker_will_hold_is_foretold_from_one_process(base):
+    """Process 0 of 1, 2, 4 holds what one process says that a worker would."""
+    model = of_all_kinds(base)
+    optimizer, outer = torch.optim.AdamW(model.parameters()), nesterov(model)
+    for world in (1, 2, 4):
+        foretold = lte.cost_report(model, optimizer, outer_optimizer=outer, workers=world)["held"]
+        said, there = on_processes(world, held, base, torch.optim.AdamW, True)[0]
+        assert foretold["all"] == said["all"] == there
+
+
+def test_a_worker_of_eight_holds_an_eighth_of_what_dense_adamw_does():
+    """An MLP of ViT-L, nf4, r = 32, one head a worker. By the count, bytes a parameter: 0.5625 of
+    forward W, 4 / 8 of master, and 5 x 4 (now, then, gradient, two moments) x r (1/o + 1/i) = 0.78.
+    """
+    layers = nn.Linear(1024, 4096), nn.Linear(4096, 1024)
+    model = lte.convert(nn.Sequential(*layers), heads=8, r=32, lora_alpha=64, base="nf4")
+    report = lte.cost_report(model, torch.optim.AdamW(model.parameters()), workers=8)
+    parameters = 2 * 4096 * 1024 + 4096 + 1024
+    assert report["held_dense"]["all"] == 16 * parameters
+    assert report["held"]["all"] / parameters == pytest.approx(1.84, abs=0.02)
+
+
+# ------------------------------------------------------------------------------------------------
+# 11 how far apart heads are
+# ------------------------------------------------------------------------------------------------
+
+
+def subspaces(model):
+    """Each layer's report in the slow way: every product formed, every pair by itself."""
+    report = {}
+    for m in lte.merged_tensors(model):
+        if not isinstance(m, lte.MultiheadLoRALinear):
+            continue
+        products = [B @ A for A, B in zip(m.lora_A, m.lora_B, strict=True)]
+        rows = [torch.linalg.qr(A.mT).Q for A in m.lora_A]
+        cosines, distances = [], []
+        for a, b in itertools.combinations(range(len(products)), 2):
+            cosines.append(F.cosine_similarity(products[a].flatten(), products[b].flatten(), dim=0))
+            angles = torch.linalg.svdvals(rows[a].mT @ rows[b]).clamp(max=1).acos()
+            distances.append(angles.norm() / (m.r**0.5 * math.pi / 2))
+        p = torch.linalg.svdvals(sum(products))
+        p = p[p > 1e-12] / p.sum()
+        rank = (-(p * p.log()).sum()).exp()
+        means = torch.stack(cosines).mean(), torch.stack(distances).mean(), rank
+        names = "cosine", "grassmann", "effective_rank"
+        report[m.plain] = {k: v.item() for k, v in zip(names, means, strict=True)}
+    return report
+
+
+@torch.no_grad()
+def test_the_subspace_report_equals_its_twin():
+    model = seasoned(net())
+    report, expected = lte.subspace_report(model), subspaces(model)
+    assert list(report) == ["0.weight", "3.weight"]
+    for name in expected:
+        assert report[name] == pytest.approx(expected[name], rel=1e-9)
+
+
+@torch.no_grad()
+def test_heads_that_are_alike_are_at_distance_0_and_orthogonal_ones_at_1():
+    layer = convert(nn.Linear(6, 7, bias=False).double(), heads=3)
+    layer.lora_A.copy_(torch.eye(6, dtype=torch.float64).view(3, 2, 6))  # rows share no direction
+    layer.lora_B.copy_(torch.randn(3, 7, 2))
+    apart = lte.subspace_report(layer)["weight"]
+    assert apart["cosine"] == pytest.approx(0, abs=1e-12)
+    assert apart["grassmann"] == pytest.approx(1)
+    layer.lora_A.copy_(layer.lora_A[:1].expand(3, -1, -1).clone())
+    layer.lora_B.copy_(layer.lora_B[:1].expand(3, -1, -1).clone())
+    alike = lte.subspace_report(layer)["weight"]
+    assert alike["cosine"] == pytest.approx(1) and alike["grassmann"] == pytest.approx(0, abs=1e-7)
+    assert alike["effective_rank"] <= 2 + 1e-9 < apart["effective_rank"] <= 6
+
+
+@torch.no_grad()
+def test_the_effective_rank_counts_equal_directions_and_ignores_what_is_small():
+    layer = convert(nn.Linear(4, 4, bias=False).double(), heads=1, r=4)
+    layer.lora_A.copy_(torch.eye(4).unsqueeze(0))
+    for values, rank in (([1, 1, 1, 1], 4), ([2, 2, 0, 0], 2), ([1, 1e-9, 0, 0], 1)):
+        layer.lora_B.copy_(torch.tensor(values).diag().unsqueeze(0))
+        assert lte.subspace_report(layer)["weight"]["effective_rank"] == pytest.approx(rank, 1e-6)
+
+
+def test_what_has_no_value_is_nan():
+    one, three = convert(net(), heads=1), convert(net())
+    report = lte.subspace_report(learn(one))["0.weight"]
+    assert math.isnan(report["cosine"]) and math.isnan(report["grassmann"])
+    start = lte.subspace_report(three)["0.weight"]
+    assert math.isnan(start["cosine"]) and math.isnan(start["effective_rank"])  # B = 0
+
+
+def report_of_layout():
+    torch.manual_seed(0)
+    layers = nn.Linear(10, 33), nn.Linear(33, 3)
+    model = learn_apart(lte.convert(nn.Sequential(*layers), heads=4, r=3, lora_alpha=8))
+    return lte.subspace_report(model), lte.layout_of(model).bytes_sent
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_subspace_report_is_the_same_on_every_layout_and_counts_as_nothing_sent(world):
+    expected, _ = report_of_layout()
+    assert on_processes(world, report_of_layout) == [(expected, 0)] * world
+
+
 # ------------------------------------------------------------------------------------------------
 # train.py: data, schedule, loop, command line
 # ------------------------------------------------------------------------------------------------
@@ -3305,15 +3513,10 @@ def test_evaluation_counts_each_sample_once(small, world):
 
 @pytest.mark.parametrize("every", [1, 3, 7, 50])
 def test_merges_happen_at_every_T_steps_and_at_the_end(small, tmp_path, monkeypatch, every):
-    steps, optimizer_steps = [], []
-    step = torch.optim.AdamW.step
-    monkeypatch.setattr(
-        torch.optim.AdamW, "step", lambda self: (optimizer_steps.append(1), step(self))[1]
-    )
-    merge = lte.merge
-    monkeypatch.setattr(
-        lte, "merge", lambda *a, **k: (steps.append(len(optimizer_steps)), merge(*a, **k))[1]
-    )
+    steps, done = [], []
+    step, merge = train.train_step, lte.merge
+    monkeypatch.setattr(train, "train_step", lambda *a: (done.append(1), step(*a))[1])
+    monkeypatch.setattr(lte, "merge", lambda *a, **k: (steps.append(len(done)), merge(*a, **k))[1])
     run_train(tmp_path, "--steps", 7, "--merge-every", every, "--accumulate", 2)
     assert steps == sorted({*range(every, 8, every), 7})
 
@@ -3485,6 +3688,155 @@ def test_a_model_that_is_of_no_use_is_not_saved(small, tmp_path, method):
 
 
 # ------------------------------------------------------------------------------------------------
+# train.py: benchmark, plans, presets, studies
+# ------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_between_merges_grows_from_1_to_T():
+    def steps(T, warmup):
+        args = argparse.Namespace(steps=30, merge_every=T, merge_warmup=warmup)
+        return sorted(train.merge_steps(args))
+
+    assert steps(4, 0) == [4, 8, 12, 16, 20, 24, 28, 30]
+    assert steps(4, 16) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 18, 22, 26, 30]
+
+
+def test_with_the_full_batch_every_head_gets_all_samples_and_without_its_share(
+    tiny, tmp_path, monkeypatch
+):
+    seen, train_step = [], train.train_step
+
+    def spy(model, forward, optimizer, x, y, args):
+        seen.append((x, y))
+        return train_step(model, forward, optimizer, x, y, args)
+
+    monkeypatch.setattr(train, "train_step", spy)
+    for flags in ((), ("--full-batch",)):
+        run_train(tmp_path / str(len(flags)), "--steps", 1, *flags)
+    (x, y), full = seen
+    same(full, (x.repeat(4, 1, 1, 1), y.repeat(4)))
+
+
+def test_on_the_full_batch_lte_merged_at_every_step_is_multi_head_lora(tiny, tmp_path):
+    """Promise 3, by way of train.py; Adam's eps and the clipping of each head are what differs."""
+    flags = ("--steps", 4, "--weight-decay", 0, "--clip", 1e9, "--warmup", 0)
+    run_train(tmp_path / "a", "--full-batch", "--merge-every", 1, *flags)
+    run_train(tmp_path / "b", "--method", "mhlora", *flags)
+    a, b = (torch.load(tmp_path / name / "model.pt") for name in "ab")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-4)
+
+
+def test_without_a_master_what_is_exported_is_the_rounded_W(tiny, tmp_path):
+    result = run_train(tmp_path, "--steps", 4, "--base", "nf4", "--no-master")
+    assert result["test_accuracy"] == result["test_accuracy_forward"]
+    weight = torch.load(tmp_path / "model.pt")["blocks.0.mlp.0.weight"].view(-1, lte.BLOCK)
+    again = lte.decode(lte.encode(weight, "nf4"), "nf4", torch.float32)
+    torch.testing.assert_close(weight, again, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("method", ["lte", "mhlora", "localsgd", "dense"])
+def test_how_far_heads_are_apart_is_logged_when_asked_for(tiny, tmp_path, method):
+    flags = ("--steps", 4, "--eval-every", 2, "--r", 4, "--method", method, "--subspaces")
+    result = run_train(tmp_path, *flags)
+    with open(tmp_path / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 1 if method == "lte" else 2
+    for name in train.Report.SUBSPACES:
+        assert float(rows[-1][name]) == pytest.approx(result[name], abs=1e-5, nan_ok=True)
+        assert math.isnan(result[name]) == (method in ("localsgd", "dense"))
+    assert method not in ("lte", "mhlora") or 0.5 < result["grassmann"] <= 1
+
+
+@pytest.mark.parametrize("name", train.PRESETS)
+def test_a_preset_is_flags_and_those_given_beside_it_hold(name):
+    one = train.parse_args(["--preset", name, "--seed", "3", "--steps", "7"])
+    assert (one.seed, one.steps) == (3, 7)
+    plain = train.parse_args(train.PRESETS[name].split())
+    assert vars(train.parse_args(["--preset", name])) == vars(plain) | dict(
+        preset=name, argv=["--preset", name]
+    )
+    assert train.layout_error(train.settle(one, one.method)) is None
+
+
+def test_the_papers_main_setting():
+    one = train.parse_args(["--preset", "paper"])
+    assert (one.model, one.patch) == ("vit-small", 32)
+    assert (one.heads, one.r, one.merge_every) == (32, 64, 10)
+
+
+@pytest.mark.parametrize("name", train.STUDIES)
+def test_a_study_trains_every_row_with_its_flags_and_prints_a_table(
+    tiny, tmp_path, monkeypatch, capsys, name
+):
+    trained = []
+
+    def fake(args, data, device):
+        trained.append(args)
+        assert train.layout_error(args) is None and args.subspaces
+        names = "test_accuracy test_loss bytes_sent_per_step cosine grassmann effective_rank"
+        return dict.fromkeys(names.split(), 0) | dict(method=args.method)
+
+    monkeypatch.setattr(train, "train", fake)
+    train.main(["--study", name, "--seed", "5", "--out", str(tmp_path)])
+    question, _, rows = train.STUDIES[name]
+    printed = capsys.readouterr().out
+    assert question in printed and all(f"| {label} |" in printed for label in rows)
+    assert len({one.out for one in trained}) == len(rows) == len(trained)
+    assert {one.seed for one in trained} == {5}
+
+
+def test_a_study_really_trains_and_draws(tiny, tmp_path):
+    pytest.importorskip("matplotlib")
+    train.main(["--study", "distance", "--steps", "4", "--batch-size", "16", "--plot",
+                "--out", str(tmp_path)])  # fmt: skip
+    assert {file.name for file in tmp_path.glob("*.png")} == {"plot.png", "heads.png"}
+
+
+def test_a_plan_is_what_cost_report_counts(capsys):
+    train.main("--plan 2,8 --steps 1 --base nf4 --wire bf16 --merge-every 5".split())
+    printed = capsys.readouterr().out
+    args = train.settle(train.parse_args(["--base", "nf4"]), "lte")
+    data = types.SimpleNamespace(classes=list(train.SHAPES), image_size=32)
+    model = train.make_model(args, data, torch.device("cpu"))
+    cost = lte.cost_report(
+        model, train.make_optimizer(args, model), merge_every=5, wire="bf16", workers=2
+    )
+    step, dense = (cost["sent"][name] / 1e6 for name in ("step", "dense"))
+    assert f"| sends a step | {step:,.3f} MB | {dense:,.3f} MB | {dense / step:.1f} |" in printed
+    assert f"| waits a step | {step:,.3f} s | {dense:,.3f} s |" in printed  # 8 Mbit/s: 1 MB/s
+    held, all_dense = cost["held"]["all"] / 1e6, cost["held_dense"]["all"] / 1e6
+    assert f"| {held:,.3f} MB | {all_dense:,.3f} MB |" in printed
+
+
+def test_the_benchmark_times_both_forms_beside_dense(monkeypatch, tmp_path, capsys):
+    forms, chosen = [], lte.HeadProduct.forward
+
+    def spy(ctx, x, *rest):
+        forms.append(lte.formed_is_cheaper(x.shape[1], 8, 8))
+        return chosen(ctx, x, *rest)
+
+    monkeypatch.setattr(lte.HeadProduct, "forward", staticmethod(spy))
+    monkeypatch.setattr(train, "own_process", lambda function, *args: 10**6)
+    row = (8, 2, 4, 2, 4, 16)
+    table = train.bench_row(
+        train.settle(train.parse_args([]), "lte"), row, torch.device("cpu"), rounds=1
+    )
+    assert list(table) == ["dense", "LTE textbook", "LTE"]
+    assert table["dense"]["of_dense"] == 1 and table["LTE"]["peak_mb"] == 1
+    products = 4 * 2 * (3 + 1)  # of one variant: four layers in two blocks, four steps
+    assert forms == 3 * products // 4 * [False] + 3 * products // 4 * [True] + (
+        products // 4 * [False] + products // 4 * [True]
+    )
+
+
+def test_a_process_tells_its_own_peak_not_that_of_the_one_that_started_it():
+    torch.ones(2**28, dtype=torch.uint8)  # 256 MB, touched
+    cpu = torch.device("cpu")
+    assert train.own_process(train.peak_memory, cpu) < train.peak_memory(cpu)
+
+
+# ------------------------------------------------------------------------------------------------
 # train.py: stopping and going on
 # ------------------------------------------------------------------------------------------------
 
@@ -3528,13 +3880,14 @@ def terminate():
 
 
 def same_end(out, other):
-    """Two runs have left the same model.pt, bit for bit, and have told the same but for times."""
+    """Two runs have left the same model.pt, bit for bit, and have told the same but for costs."""
     told = []
     for folder in (out, other):
         with open(folder / "log.csv") as file:
             log = [row | {"seconds": None} for row in csv.DictReader(file)]
         result = json.loads((folder / "result.json").read_text())
-        told.append((log, {k: v for k, v in result.items() if "second" not in k}))
+        costs = ("second", "peak_memory")
+        told.append((log, {k: v for k, v in result.items() if not any(c in k for c in costs)}))
     assert told[0] == told[1] and told[0][0]
     same(*(torch.load(folder / "model.pt") for folder in (out, other)))
 
@@ -3772,8 +4125,9 @@ def saved_run(tmp_path_factory):
 
 def test_every_flag_that_changes_what_is_learnt_is_compared():
     flags = {action.dest for action in train.make_parser()._actions}
-    free = "help data download compile out eval_every eval_only compare plot save_every resume"
-    assert flags - set(train.Checkpoints.FLAGS.split()) == {*free.split(), "timeout"}
+    free = "help data download compile out eval_every eval_only compare plot save_every resume "
+    free += "timeout preset study bench plan subspaces"
+    assert flags - set(train.Checkpoints.FLAGS.split()) == set(free.split())
 
 
 def test_processes_compare_every_flag_but_those_that_may_differ(tiny, tmp_path, monkeypatch):
@@ -3871,6 +4225,12 @@ def test_where_nothing_is_merged_a_loss_that_is_not_a_number_ends_the_run(
         (("--label-smoothing", 1), "--label-smoothing 1.0: must be from 0 to below 1"),
         (("--outer-momentum", 1), "--outer-momentum 1.0: must be from 0 to below 1"),
         (("--method", "relora", "--reset", "B"), "--reset is lte's alone"),
+        (("--plan", "8"), "--plan 8: must be WORKERS,MBIT, such as 8,100"),
+        (("--plan", "3,100"), "--plan 3,100: --heads 4 must be a multiple of the workers"),
+        (("--plan", "4,0"), "a link carries more than 0 Mbit/s"),
+        (("--bench", "--method", "dense"), "--bench and --plan compare lte with dense training"),
+        (("--preset", "mine"), "invalid choice: 'mine'"),
+        (("--study", "all"), "invalid choice: 'all'"),
     ],
 )
 def test_wrong_flags_are_refused_with_the_flag_and_the_rule(flags, says, capsys):
@@ -3885,6 +4245,9 @@ def test_wrong_flags_are_refused_with_the_flag_and_the_rule(flags, says, capsys)
         (("--accumulate", 3), "1 processes and 3 micro-batches; use a multiple of 12"),
         (("--augment", "mixup", "--heads", 32), "mixes groups of 16 samples"),
         (("--compare", "dense", "lte", "--overlap", 4), "--overlap 4 needs a merge that arrives"),
+        (("--merge-warmup", 8, "--overlap", 2), "--merge-warmup 8 merges at every step at first"),
+        (("--merge-warmup", 8, "--reset", "B"), "or for --reset B; leave those out"),
+        (("--no-master",), "--no-master needs one process, a --base that rounds"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused_with_the_numbers(flags, says):

@@ -4,6 +4,9 @@
     torchrun --nproc_per_node=2 train.py                two processes run half of them each
     python train.py --save-every 50 --resume            goes on from the last checkpoint
     python train.py --compare dense lora mhlora lte     one after the other, one table
+    python train.py --preset cifar-lte                  a row of the README's tables
+    python train.py --study heads                       a question, answered by a table
+    python train.py --bench                             a step's time beside a dense one's
 
 Methods, all on the same samples in the same order:
     lte        N heads, each alone on its share of the batch, merged every T steps
@@ -20,13 +23,17 @@ import csv
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import pickle
+import re
+import resource
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import lru_cache
@@ -294,7 +301,8 @@ class InMemory:
             rows = batch_indices(self.train_size, b, self.seed, step)
             drawn = torch.stack([rows, *shifts, flips])[:, places].to(self.device)
             x = windows[drawn[0], :, drawn[1], drawn[2]]
-            x = torch.where(drawn[3].bool().view(-1, 1, 1, 1), x.flip(3), x)
+            flipped = drawn[3].nonzero()[:, 0]
+            x[flipped] = x[flipped].flip(3)
             yield normalise(x, self.mean, self.std), self.labels[drawn[0]]
 
     def test_batches(self, rank: int, world: int, size: int) -> Iterator:
@@ -554,11 +562,100 @@ METHODS = {
 ONE_PROCESS = ("mhlora", "lora", "relora")
 UNMERGED = ("mhlora", "lora", "dense")  # till the end: tested at any step, on a merged copy
 
+# The rows of README's tables, and the paper's main setting (its images are yours to bring).
+CIFAR = "--dataset folder --data cifar --steps 400"
+PRESETS = {
+    "cifar-dense": f"{CIFAR} --method dense",
+    "paper": "--dataset folder --data imagenet100 --model vit-small --patch 32 --heads 32 --r 64 "
+    "--lora-alpha 4096 --merge-every 10 --lr 1e-4 --batch-size 1024 --steps 125000",
+}
+
+# What --study trains: a question, flags for all its rows, and the flags of each row.
+SMALL = "--steps 100 --warmup 20"  # of vit-nano on shapes: a minute a row on a laptop
+STUDIES = {
+    "cifar": (
+        "Does LTE match dense training on CIFAR-10 (JPEG)? Each method at its own best rate.",
+        "",
+        {name[6:]: f"--preset {name}" for name in PRESETS if name.startswith("cifar-")},
+    ),
+    "rank": (
+        "What does a head's rank buy? 4 heads.",
+        SMALL,
+        {f"r = {r}": f"--r {r}" for r in (4, 16, 32, 64, 128)},
+    ),
+    "heads": (
+        "Heads against rank at N r = 128: few heads of high rank, or many of low rank?",
+        SMALL,
+        {f"N = {128 // r}, r = {r}": f"--heads {128 // r} --r {r}" for r in (128, 64, 32, 16, 8)},
+    ),
+    "interval": (
+        "What does it cost to merge rarely?",
+        SMALL,
+        {f"T = {T}": f"--merge-every {T}" for T in (1, 2, 4, 8, 16)}
+        | {"T from 1 to 8": "--merge-every 8 --merge-warmup 50"},
+    ),
+    "reset": (
+        "Keep the factors and the optimizer's state at a merge, or start again?",
+        f"{SMALL} --merge-every 8",
+        {f"reset {reset}": f"--reset {reset}" for reset in ("none", "B", "AB")},
+    ),
+    "init": (
+        "How should A start? The rate was tuned for the first.",
+        SMALL,
+        {init: f"--init {init}" for init in lte.INITS},
+    ),
+    "scale": (
+        "Scale s against rate: with Adam their product counts, until it is too large.",
+        SMALL,
+        {
+            f"s = {s}, rate {rate}": f"--lora-alpha {32 * s} --lr {rate}"
+            for s, rate in ((2, 4e-3), (8, 1e-3), (32, 2.5e-4), (2, 1e-3), (32, 1e-3))
+        },
+    ),
+    "noise": (
+        "How much of the loss is gradient noise? Every head on the whole batch, or on its share.",
+        SMALL,
+        {
+            "its share": "",
+            "the whole batch": "--full-batch",
+            "its share, T = 1": "--merge-every 1",
+            "the whole batch, T = 1": "--merge-every 1 --full-batch",
+            "multi-head LoRA": "--method mhlora",
+        },
+    ),
+    "distance": (
+        "How far are heads apart, and how many directions has the update?",
+        SMALL,
+        {
+            "4 heads": "",
+            "4 heads, the whole batch": "--full-batch",
+            "16 heads, r = 8": "--heads 16 --r 8",
+        },
+    ),
+    "base": (
+        "How coarse may the frozen W be, and what is the exact master for?",
+        SMALL,
+        {base: f"--base {base}" for base in lte.BASES}
+        | {f"{base}, no master": f"--base {base} --no-master" for base in ("int8", "nf4")},
+    ),
+    "bytes": (
+        "What does accuracy cost in bytes?",
+        SMALL,
+        {"dense": "--method dense", "local SGD": "--method localsgd"}
+        | {f"T = {T}": f"--merge-every {T}" for T in (1, 4, 16)}
+        | {
+            f"nf4, bf16 wire, T = {T}": f"--base nf4 --wire bf16 --merge-every {T}"
+            for T in (4, 16)
+        },
+    ),
+}
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--preset", choices=PRESETS, help="the flags of a table's row")
     add = parser.add_argument_group("what to train").add_argument
     add("--method", default="lte", choices=METHODS, help="how to train (lte)")
     add("--model", default="vit-nano", choices=MODELS, help="architecture (vit-nano)")
@@ -579,11 +676,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--init", default="orthogonal", choices=lte.INITS, help="how A starts (orthogonal)")
     add("--base", default="fp32", choices=lte.BASES, help="storage of the frozen W (fp32)")
     add("--merge-every", type=int, help="T, steps between merges (4; relora: 50)")
+    add("--merge-warmup", type=int, default=0, help="steps over which T grows from 1 (0)")
     add("--reset", choices=("none", "B", "AB"), help="what lte starts anew at a merge (none)")
     add("--wire", default="fp32", choices=lte.WIRES, help="what deltas are sent as (fp32)")
     add("--overlap", type=int, default=0, help="K, steps trained while a merge travels (0)")
     add("--outer-lr", type=float, default=1.0, help="rate at which W takes the mean (1)")
     add("--outer-momentum", type=float, default=0.0, help="Nesterov, over merges (0)")
+    add("--full-batch", action="store_true", help="every head sees the whole batch, not its share")
+    add("--no-master", action="store_true", help="merge into the rounded W, to see what it costs")
     add = parser.add_argument_group("the optimization").add_argument
     add("--steps", type=int, default=400, help="optimizer steps (400)")
     add("--batch-size", type=int, default=256, help="samples a step, all processes (256)")
@@ -601,7 +701,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--eval-every", type=int, help="steps between tests (a tenth of all)")
     add("--eval-only", metavar="FILE", help="test this model.pt and stop")
     add("--compare", nargs="+", choices=METHODS, help="train with each of these, one table")
-    add("--plot", action="store_true", help="draw OUT/plot.png (needs matplotlib)")
+    add("--study", choices=STUDIES, help="train one after the other what a question asks for")
+    add("--subspaces", action="store_true", help="log how far heads are apart, at every test")
+    add("--plot", action="store_true", help="draw OUT/*.png (needs matplotlib)")
+    add("--bench", action="store_true", help="time a step beside a dense one, and stop")
+    add("--plan", metavar="WORKERS,MBIT", help="count what so many would hold and send, and stop")
     add = parser.add_argument_group("stopping and going on").add_argument
     add("--save-every", type=int, help="steps between checkpoints in OUT/checkpoints (none)")
     add(
@@ -618,7 +722,7 @@ def make_parser() -> argparse.ArgumentParser:
 RANGES = [
     ("heads r steps batch_size accumulate merge_every", lambda n: n >= 1, "1 or more"),
     ("eval_every save_every", lambda n: n >= 1, "1 or more"),
-    ("warmup weight_decay overlap", lambda x: x >= 0, "0 or more"),
+    ("warmup merge_warmup weight_decay overlap", lambda x: x >= 0, "0 or more"),
     ("lr lora_alpha clip outer_lr timeout", lambda x: 0 < x < math.inf, "above 0"),
     ("label_smoothing outer_momentum", lambda x: 0 <= x < 1, "from 0 to below 1"),
 ]
@@ -626,8 +730,12 @@ RANGES = [
 
 def parse_args(argv=None) -> argparse.Namespace:
     """The arguments, checked as far as they can be without data or model."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     args = parser.parse_args(argv)
+    if args.preset:  # its flags first, so that those given beside it hold
+        args = parser.parse_args(PRESETS[args.preset].split() + argv)
+    args.argv = argv
     args.world = int(os.environ.get("WORLD_SIZE", 1))
     args.rank = int(os.environ.get("RANK", 0))
     for names, fits, rule in RANGES:
@@ -638,6 +746,21 @@ def parse_args(argv=None) -> argparse.Namespace:
     if args.reset and args.method != "lte" and not args.compare:
         parser.error(f"--reset is lte's alone; --method {args.method} has its own")
     args.eval_every = args.eval_every or max(1, args.steps // 10)
+    if args.plan:
+        try:
+            workers, mbit = args.plan.split(",")
+            args.plan = int(workers), float(mbit)
+        except ValueError:
+            parser.error(f"--plan {args.plan}: must be WORKERS,MBIT, such as 8,100")
+        if args.plan[0] < 1 or args.heads % args.plan[0] or args.plan[1] <= 0:
+            parser.error(
+                f"--plan {args.plan[0]},{args.plan[1]:g}: --heads {args.heads} must be a multiple "
+                "of the workers, and a link carries more than 0 Mbit/s"
+            )
+    if (args.plan or args.bench) and (args.world > 1 or args.method != "lte"):
+        parser.error("--bench and --plan compare lte with dense training, on one process")
+    if args.study and args.world > 1:
+        parser.error("--study runs on one process; use `python train.py`")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib: pip install matplotlib")
     return args
@@ -651,6 +774,13 @@ def layout_error(run: argparse.Namespace) -> str | None:
             f"--overlap {run.overlap} needs a merge that arrives before the next is sent, and no "
             f"reset; --merge-every is {run.merge_every}, --reset {run.reset}"
         )
+    if run.merge_warmup and (run.reset != "none" or run.overlap):
+        return (
+            f"--merge-warmup {run.merge_warmup} merges at every step at first, which leaves no "
+            f"time for --overlap {run.overlap} or for --reset {run.reset}; leave those out"
+        )
+    if run.no_master and (world > 1 or run.base == "fp32" or run.overlap):
+        return "--no-master needs one process, a --base that rounds, and no --overlap"
     if run.method in ONE_PROCESS and world > 1:
         return (
             f"--method {run.method} runs on one process, but torchrun started {world}; "
@@ -683,9 +813,10 @@ def settle(args: argparse.Namespace, method: str) -> argparse.Namespace:
     run.reset = args.reset if args.reset and method == "lte" else own["reset"]
     run.merge_every = (args.merge_every or own["merge_every"]) if own["merge_every"] else args.steps
     if method in ("dense", "localsgd"):  # nothing frozen, nothing to quantize
-        run.base = "fp32"
+        run.base, run.no_master = "fp32", False
     if method not in ("lte", "localsgd"):  # one head, or no merges: plain ones
-        run.overlap, run.outer_lr, run.outer_momentum = 0, 1.0, 0.0
+        run.overlap, run.outer_lr, run.outer_momentum, run.merge_warmup = 0, 1.0, 0.0, 0
+        run.full_batch = False
     return run
 
 
@@ -719,8 +850,10 @@ def make_model(args, data, device) -> nn.Module:
     """The plain model, given to the heads that the method asks for."""
     model = new_model(args, data, device)
     if args.method == "dense":
-        wrap = args.world > 1
-        return nn.parallel.DistributedDataParallel(model) if wrap else model
+        if args.world == 1:
+            return model
+        # The view saves data parallel training 4 bytes a parameter.
+        return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     factors = dict(r=args.r, lora_alpha=args.lora_alpha, init=args.init, base=args.base)
     if args.method == "localsgd":
         factors = dict(r=None)
@@ -846,6 +979,8 @@ def train(args: argparse.Namespace, data, device: torch.device) -> dict:
     forward = torch.compile(model) if args.compile else model
     share = args.batch_size // args.world
     places = torch.arange(args.rank * share, (args.rank + 1) * share)
+    if args.full_batch:
+        places = torch.arange(args.batch_size).repeat(args.heads // args.world)
     report = Report(args, model, data, device, merges)
     saved = Checkpoints(args, report, optimizer, merges)
     step, losses = saved.resume(), []
@@ -877,8 +1012,19 @@ def train(args: argparse.Namespace, data, device: torch.device) -> dict:
     return report.finish()
 
 
+def merge_steps(args: argparse.Namespace) -> set[int]:
+    """The steps to merge after: every T, or fewer until step --merge-warmup; and the last one."""
+    steps, step = set(), 0
+    while step < args.steps:
+        growing = step < args.merge_warmup
+        interval = args.merge_every * step // args.merge_warmup if growing else args.merge_every
+        step = min(step + max(1, interval), args.steps)
+        steps.add(step)
+    return steps
+
+
 class Merges:
-    """When W takes up what the heads have learnt: every T steps and at the end.
+    """When W takes up what the heads have learnt: after each of merge_steps.
 
     With --overlap K it does so K steps after that was sent, and the heads go on meanwhile.
     """
@@ -887,9 +1033,10 @@ class Merges:
         self.args, self.model, self.optimizer = args, model, optimizer
         self.outer = None if args.method == "dense" else make_outer_optimizer(args, model)
         self.decay, self.count, self.work, self.sent = 1.0, 0, None, 0
+        self.steps = merge_steps(args)
 
     def due(self, step: int) -> bool:
-        return step % self.args.merge_every == 0 or step == self.args.steps
+        return step in self.steps
 
     def step(self, step: int, rate: float) -> bool:
         """To be called after every optimizer step; True where W is new."""
@@ -914,6 +1061,10 @@ class Merges:
             async_op=args.overlap > 0 and not last,
         )
         self.decay, self.sent, self.count = 1.0, step, self.count + 1
+        if args.no_master:
+            for m in lte.merged_tensors(self.model):
+                if m.master is not None:
+                    m.master.copy_(lte.decode(m.rows, m.base, m.dtype))
         return not self.work
 
 
@@ -954,9 +1105,9 @@ class Checkpoints:
 
     # What a run must have in common with the one that it goes on from.
     FLAGS = (
-        "method model patch dataset augment heads r lora_alpha init base merge_every reset wire "
-        "overlap outer_lr outer_momentum steps batch_size accumulate lr weight_decay warmup clip "
-        "label_smoothing bf16 seed"
+        "method model patch dataset augment heads r lora_alpha init base merge_every merge_warmup "
+        "reset wire overlap outer_lr outer_momentum full_batch no_master steps batch_size "
+        "accumulate lr weight_decay warmup clip label_smoothing bf16 seed"
     )
 
     def __init__(self, args, report, optimizer, merges):
@@ -1009,6 +1160,7 @@ class Report:
     """What a run tells: a progress line, log.csv, and at the end model.pt and result.json."""
 
     COLUMNS = "step,images,lr,train_loss,test_loss,test_accuracy,bytes_sent,seconds,merges"
+    SUBSPACES = ("cosine", "grassmann", "effective_rank")  # more columns, with --subspaces
 
     def __init__(self, args, model, data, device, merges):
         self.args, self.data, self.device, self.merges = args, data, device, merges
@@ -1026,9 +1178,20 @@ class Report:
         self.dense_bytes = 8 * self.parameters * (self.workers - 1) / self.workers
         self.say(f"{args.method}: {args.model} on {args.dataset}, {self.parameters:,} parameters")
         self.say(f"their owners: {owners}")
+        if args.method != "dense":
+            self.say_costs(merges)
         self.losses, self.testing = [], 0.0  # since the last test; seconds spent on tests
         self.step_ends = []  # in seconds of training
         self.started = self.printed = time.perf_counter()
+
+    def say_costs(self, merges) -> None:
+        """What this process will hold, and what each worker sends, beside data parallel AdamW."""
+        options = dict(outer_optimizer=merges.outer, merge_every=self.args.merge_every)
+        cost = lte.cost_report(self.model, merges.optimizer, wire=self.args.wire, **options)
+        held = {kind: f"{n / 1e6:.1f} {kind}" for kind, n in cost["held"].items() if n}
+        total, dense = held.pop("all").split()[0], cost["held_dense"]["all"] / 1e6
+        self.say(f"held by a process: {total} MB = {' + '.join(held.values())}")
+        self.say(f"held by data parallel AdamW: {dense:.1f} MB; activations come on top of both")
 
     def start_log(self, step: int) -> None:
         """log.csv with its rows up to this step."""
@@ -1037,7 +1200,8 @@ class Report:
             log, rows = self.out / "log.csv", []
             if step and log.exists():
                 rows = [r for r in log.read_text().splitlines()[1:] if int(r.split(",")[0]) <= step]
-            text = "\n".join([self.COLUMNS, *rows]) + "\n"
+            columns = ",".join([self.COLUMNS, *(self.SUBSPACES if self.args.subspaces else ())])
+            text = "\n".join([columns, *rows]) + "\n"
             write_aside(log, lambda path: path.write_text(text))
 
     KEPT = "next_test accuracy test_loss testing"
@@ -1066,10 +1230,10 @@ class Report:
             return round(self.dense_bytes * step)
         if self.args.world > 1:
             return lte.layout_of(self.model).bytes_sent
-        if self.args.method in ONE_PROCESS:
+        if self.args.method in ONE_PROCESS or self.args.heads % self.workers:
             return 0
-        sent = lte.cost_report(self.model, wire=self.args.wire, workers=self.workers)
-        return self.merges.count * sent["merge"]
+        cost = lte.cost_report(self.model, wire=self.args.wire, workers=self.workers)
+        return self.merges.count * cost["sent"]["merge"]
 
     def step(self, step: int, loss: Tensor, rate: float, merged: bool) -> None:
         """A test when one is due and the merged model is new; a line every five seconds."""
@@ -1094,10 +1258,21 @@ class Report:
             f"{self.test_loss:.5f},{self.accuracy:.5f},{self.bytes_sent(step)},"
             f"{time.perf_counter() - self.started:.2f},{self.merges.count}"
         )
+        if self.args.subspaces:
+            row += "".join(f",{value:.5f}" for value in self.subspaces().values())
         if self.args.rank == 0:
             with open(self.out / "log.csv", "a") as file:
                 file.write(row + "\n")
         self.losses = []
+
+    def subspaces(self) -> dict[str, float]:
+        """Means over the low-rank layers of what lte.subspace_report says; NaN without any."""
+        dense = self.args.method == "dense"
+        layers = [] if dense else list(lte.subspace_report(self.model).values())
+        return {
+            name: statistics.fmean(layer[name] for layer in layers) if layers else math.nan
+            for name in self.SUBSPACES
+        }
 
     def train_loss(self) -> float:
         """Mean since the last test over the heads of this process."""
@@ -1125,7 +1300,7 @@ class Report:
     def finish(self) -> dict:
         """Export, test what was exported, write model.pt and result.json (aside, then renamed)."""
         args, seconds, sent = self.args, self.seconds(), self.bytes_sent(self.args.steps)
-        dense = args.method == "dense"
+        dense, peak = args.method == "dense", peak_memory(self.device)  # before the export
         weights = self.model.state_dict() if dense else lte.merged_state_dict(self.model)
         plain = new_model(args, self.data, self.device)
         plain.load_state_dict(weights)
@@ -1144,11 +1319,14 @@ class Report:
             bytes_sent_per_step=round(sent / args.steps),
             dense_bytes_per_step=round(self.dense_bytes),
             bytes_are=f"{'counted' if counted else 'computed'} for {self.workers} processes",
+            peak_memory_bytes=peak,
             processes=args.world,
             seconds=round(seconds, 1),
             torch=torch.__version__,
             device=device_name(self.device),
         )
+        if args.subspaces:
+            result |= self.subspaces()
         if args.rank == 0:
             write_aside(self.out / "model.pt", lambda path: torch.save(weights, path))
             text = json.dumps(result, indent=2) + "\n"
@@ -1169,6 +1347,16 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     os.replace(aside, path)
 
 
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this process has held: a GPU's tensors, or on a CPU all of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # where getrusage begins with what the starting process held
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -1176,7 +1364,221 @@ def device_name(device: torch.device) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# 8 the command line
+# 8 the benchmark: a step of LTE beside a step of dense training, and plans on paper
+# --------------------------------------------------------------------------------------------------
+
+# width, attention's heads, tokens, LoRA heads, r, images a head; two transformer blocks each
+BENCH = [
+    (192, 3, 64, 4, 16, 16),
+    (384, 6, 64, 4, 16, 16),
+    (768, 12, 64, 1, 32, 32),
+    (384, 6, 64, 4, 64, 16),
+    (768, 12, 64, 4, 64, 8),
+]
+BENCH_GPU = [(384, 6, 197, 1, 32, 128), (768, 12, 197, 1, 32, 128), (1024, 16, 197, 1, 32, 128)]
+VARIANTS = ("dense", "LTE textbook", "LTE")
+
+
+class Blocks(nn.Module):
+    """Two transformer blocks and the mean over tokens, (b, t, w) -> (b, w)."""
+
+    def __init__(self, width: int, attn_heads: int):
+        super().__init__()
+        self.blocks = nn.Sequential(*[ViTBlock(width, attn_heads) for _ in range(2)])
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x).mean(1)
+
+
+class Benched:
+    """One variant of one row, ready to take whole training steps: train_step and its AdamW."""
+
+    def __init__(self, args, row, variant, device):
+        width, attn_heads, tokens, heads, r, images = row
+        method = "dense" if variant == "dense" else "lte"
+        self.args = argparse.Namespace(**vars(args))
+        self.args.__dict__ |= dict(method=method, heads=heads, r=r, accumulate=1, world=1)
+        torch.manual_seed(0)
+        self.model = Blocks(width, attn_heads).to(device)
+        if method == "lte":
+            options = dict(heads=heads, r=r, lora_alpha=8 * r, base=args.base)
+            self.model = lte.convert(self.model, **options)
+        self.model.train()
+        self.optimizer = make_optimizer(self.args, self.model)
+        self.optimizer.param_groups[0]["lr"] = 1e-5  # activations stay what they are
+        # A block inside a network has to return a gradient: so do these.
+        self.x = torch.randn(heads * images, tokens, width, device=device, requires_grad=True)
+        self.y = torch.randint(width, (heads * images,), device=device)
+        self.forward = torch.compile(self.model) if args.compile else self.model
+        self.choose = lte.formed_is_cheaper if variant == "LTE" else lambda *sizes: False
+
+    def __call__(self, steps: int) -> float:
+        """Milliseconds a step."""
+        begun, chosen = now(self.x.device), lte.formed_is_cheaper
+        lte.formed_is_cheaper = self.choose
+        for _ in range(steps):
+            train_step(self.model, self.forward, self.optimizer, self.x, self.y, self.args)
+            self.x.grad = None
+        lte.formed_is_cheaper = chosen
+        return 1000 * (now(self.x.device) - begun) / steps
+
+    def merge(self) -> float:
+        begun = now(self.x.device)
+        lte.merge(self.model)
+        return 1000 * (now(self.x.device) - begun)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, with the device's work done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_of(args, row, variant, device, threads) -> int:
+    """Bytes that three steps need at most, in a process of their own, beyond an empty program's."""
+    torch.set_num_threads(threads)
+    before = peak_memory(device) if device.type == "cpu" else 0
+    Benched(args, row, variant, device)(3)
+    return peak_memory(device) - before
+
+
+def own_process(function, *args):
+    """function(*args), run by a process that has done nothing else."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def bench_row(args, row, device: torch.device, rounds: int = 15) -> dict[str, dict]:
+    """variant -> ms, of_dense, peak_mb, bytes, merge_ms. Steps take turns: this machine's load, and
+    what it clocks at, change too much from second to second for anything else.
+    """
+    benched = {variant: Benched(args, row, variant, device) for variant in VARIANTS}
+    for one in benched.values():
+        one(3)
+    merges = {v: one.merge() for v, one in benched.items() if v != "dense"}
+    times = [{v: one(1) for v, one in benched.items()} for _ in range(rounds)]
+    cost = lte.cost_report(benched["LTE"].model, workers=row[3], merge_every=args.merge_every)
+    return {
+        v: dict(
+            ms=statistics.median(one[v] for one in times),
+            of_dense=statistics.median(one[v] / one["dense"] for one in times),
+            peak_mb=own_process(peak_of, args, row, v, device, torch.get_num_threads()) / 1e6,
+            bytes=cost["sent"]["dense" if v == "dense" else "step"],
+            merge_ms=merges.get(v, math.nan),
+        )
+        for v in VARIANTS
+    }
+
+
+def bench(args, device: torch.device) -> None:
+    """The table of steps, the crossing of the two forms, and the time that waits for data."""
+    print(f"torch {torch.__version__}, {device_name(device)}, {'bf16' if args.bf16 else 'fp32'}")
+    print(", ".join(ceilings(device, args.bf16)))
+    print(f"bytes a step: for as many workers as heads, T = {args.merge_every}")
+    print("\n| width, heads, r, images a head | | ms | of dense | peak MB | bytes a step | merge |")
+    print("|---|---|--:|--:|--:|--:|--:|")
+    table = {}
+    for row in BENCH_GPU if device.type == "cuda" else BENCH:
+        name = ", ".join(str(row[k]) for k in (0, 3, 4, 5))
+        table[name] = bench_row(args, row, device)
+        for v, r in table[name].items():
+            merge = "" if v == "dense" else f"{r['merge_ms']:.0f}"
+            print(
+                f"| {name if v == 'dense' else ''} | {v} | {r['ms']:.1f} | {r['of_dense']:.3f} "
+                f"| {r['peak_mb']:.0f} | {r['bytes']:,.0f} | {merge} |",
+                flush=True,
+            )
+    print_crossing(args, device)
+    if args.plot:
+        draw_bench(table, Path(args.out) / "bench.png")
+
+
+def print_crossing(args, device: torch.device, width=384, r=16, rounds=40) -> None:
+    """From how many tokens a head on forming W + s U V is faster: counted, and timed."""
+    layer = lte.convert(nn.Linear(width, width).to(device), heads=1, r=r, lora_alpha=r).train()
+    counted, chosen = 4 * width / 7, lte.formed_is_cheaper
+    print(f"\none head, width {width}, r = {r}: by the count, forming pays from {counted:.0f} on")
+    print("| tokens | textbook, ms | formed, ms |\n|--:|--:|--:|")
+    for tokens in (width // 4, width // 2, 3 * width // 4, width, 2 * width):
+        x = torch.randn(tokens, width, device=device, requires_grad=True)
+        times = {False: [], True: []}
+        for _ in range(rounds):
+            for form in times:
+                lte.formed_is_cheaper = lambda *sizes, form=form: form
+                begun = now(device)
+                with autocast(args, device):
+                    layer(x).sum().backward()
+                times[form].append(1000 * (now(device) - begun))
+        lte.formed_is_cheaper = chosen
+        textbook, formed = (statistics.median(times[form]) for form in (False, True))
+        print(f"| {tokens} | {textbook:.2f} | {formed:.2f} |")
+
+
+def ceilings(device: torch.device, bf16: bool) -> Iterator[str]:
+    """What this device can do at all: bytes and multiplications in a second."""
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    out = torch.empty_like(a)
+    work = {"copy": (2 * a.nbytes, "GB/s"), "matrix product": (2 * n**3, "GFLOP/s")}
+    for what, (size, unit) in work.items():
+        seconds = []
+        for _ in range(8):
+            begun = now(device)
+            out.copy_(a) if what == "copy" else torch.mm(a, a, out=out)
+            seconds.append(now(device) - begun)
+        yield f"{what} {size / min(seconds) / 1e9:.0f} {unit}"
+
+
+def waiting(args, data, device: torch.device, steps: int = 25) -> float:
+    """Share of the time of `steps` steps that passes until the next batch is there."""
+    model = make_model(args, data, device)
+    optimizer, spent = make_optimizer(args, model), [0.0, 0.0]
+    batches = data.train_batches(1, steps + 5, torch.arange(args.batch_size))
+    for k in range(steps + 5):
+        begun = now(device)
+        x, y = next(batches)
+        ready = now(device)
+        train_step(model, model, optimizer, x, y, args)
+        if k >= 5:  # the first ones warm up
+            spent = [spent[0] + ready - begun, spent[1] + now(device) - ready]
+    return spent[0] / sum(spent)
+
+
+def print_plan(args, data, device: torch.device) -> None:
+    """What each of --plan's workers would hold, send and wait for; nothing is trained."""
+    workers, mbit = args.plan
+    model = make_model(args, data, device)
+    cost = lte.cost_report(
+        model,
+        make_optimizer(args, model),
+        outer_optimizer=make_outer_optimizer(args, model),
+        merge_every=args.merge_every,
+        wire=args.wire,
+        workers=workers,
+    )
+    held, sent = cost["held"], cost["sent"]
+    print(
+        f"\n{args.model}, {workers} workers, {args.heads // workers} heads each of rank {args.r}, "
+        f"{args.base} base, {args.wire} wire, merged every {args.merge_every} steps, "
+        f"links of {mbit:g} Mbit/s\n"
+    )
+    print("| each worker | LTE | data parallel AdamW | times less |\n|---|--:|--:|--:|")
+    for what, ours, theirs, unit in (
+        ("holds, activations aside", held["all"] / 1e6, cost["held_dense"]["all"] / 1e6, "MB"),
+        ("sends a step", sent["step"] / 1e6, sent["dense"] / 1e6, "MB"),
+        ("sends at once", sent["merge"] / 1e6, sent["dense"] / 1e6, "MB"),
+        ("waits a step", 8e-6 * sent["step"] / mbit, 8e-6 * sent["dense"] / mbit, "s"),
+    ):
+        if ours:  # one worker sends nothing
+            print(f"| {what} | {ours:,.3f} {unit} | {theirs:,.3f} {unit} | {theirs / ours:.1f} |")
+    kinds = ", ".join(f"{kind} {n / 1e6:,.1f}" for kind, n in held.items() if n and kind != "all")
+    print(f"\nheld, MB: {kinds}\nno wait where --overlap hides it; latency is not counted")
+
+
+# --------------------------------------------------------------------------------------------------
+# 9 the command line
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1265,10 +1667,85 @@ def draw_plot(folders: dict[str, Path], file: Path) -> None:
     plt.close(figure)
 
 
+def draw_subspaces(folders: dict[str, Path], file: Path) -> None:
+    """How far heads are apart while they train, from each run's log.csv."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.3))
+    labels = "mean cosine between heads", "Grassmann distance / largest", "effective rank of update"
+    for axis, column, label in zip(axes, Report.SUBSPACES, labels, strict=True):
+        for name, folder in folders.items():
+            with open(folder / "log.csv") as log:
+                rows = list(csv.DictReader(log))
+            steps, values = [int(r["step"]) for r in rows], [float(r[column]) for r in rows]
+            axis.plot(steps, values, label=name)
+        axis.set(xlabel="optimizer steps", ylabel=label)
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def draw_bench(table: dict[str, dict], file: Path) -> None:
+    """Bars: a step's time as a share of a dense one's, and the most memory that it took."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.5))
+    labels = {"of_dense": "time of a step / dense", "peak_mb": "peak memory (MB)"}
+    for axis, (column, label) in zip(axes, labels.items(), strict=True):
+        for k, variant in enumerate(VARIANTS):
+            heights = [rows[variant][column] for rows in table.values()]
+            places = [j + 0.27 * (k - 1) for j in range(len(heights))]
+            axis.bar(places, heights, 0.25, label=variant)
+        axis.set_xticks(range(len(table)), [name.replace(", ", "\n") for name in table])
+        axis.set(xlabel="width, heads, r, images a head (top to bottom)", ylabel=label)
+    axes[0].legend(loc="lower right")
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def study(args, device: torch.device) -> dict[str, argparse.Namespace]:
+    """Trains what STUDIES[args.study] lists, one after the other; prints a table; returns the runs.
+
+    What was given beside --study holds for all of them.
+    """
+    question, common, rows = STUDIES[args.study]
+    runs = {}
+    for label, flags in rows.items():
+        one = parse_args(f"--subspaces {common} {flags}".split() + args.argv)
+        one = settle(one, one.method)
+        if error := layout_error(one):
+            raise ValueError(f"{label}: {error}")
+        one.out = str(Path(args.out) / args.study / re.sub(r"[^\w.-]+", "_", label))
+        runs[label] = one
+    results = {label: train(one, load_for(one, device), device) for label, one in runs.items()}
+    print(f"\n{question}\n")
+    print("| | test accuracy | test loss | bytes a step | cosine | Grassmann | effective rank |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    for label, r in results.items():
+        sent = f"{r['bytes_sent_per_step']:,}" if r["method"] not in ONE_PROCESS else "one process"
+        print(
+            f"| {label} | {100 * r['test_accuracy']:.2f} % | {r['test_loss']:.4f} | {sent} "
+            f"| {r['cosine']:.3f} | {r['grassmann']:.3f} | {r['effective_rank']:.1f} |"
+        )
+    return runs
+
+
+def load_for(args, device: torch.device):
+    """The data set of a run."""
+    options = dict(augment=args.augment, seed=args.seed, device=device, batch_size=args.batch_size)
+    return load_data(args.dataset, args.data, **options)
+
+
 def run(args: argparse.Namespace) -> None:
     device = start(args)
-    own = ("rank", "data", "out", "download")  # may differ from process to process
+    own = ("rank", "data", "out", "download", "argv")  # may differ from process to process
     lte.agree(**{f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in own})
+    if args.study:
+        runs = study(args, device)
+        return draw_plots(args, runs) if args.plot else None
     for method in args.compare or [args.method]:  # now that all processes would say the same
         if error := layout_error(settle(args, method)):
             raise ValueError(error)
@@ -1283,6 +1760,13 @@ def run(args: argparse.Namespace) -> None:
         dist.barrier()
     if args.eval_only:
         return eval_only(args, data, device)
+    if args.bench or args.plan:
+        one = settle(args, "lte")
+        if args.bench:
+            bench(one, device)
+            share = waiting(one, data, device)
+            print(f"\n{100 * share:.1f} % of {one.model}'s time on {one.dataset} waits for data")
+        return print_plan(one, data, device) if args.plan else None
     runs = {args.method: settle(args, args.method)}
     if args.compare:
         runs = {method: settle(args, method) for method in args.compare}
@@ -1293,9 +1777,18 @@ def run(args: argparse.Namespace) -> None:
         if args.compare:
             print_table(results)
         if args.plot:
-            file = Path(args.out) / "plot.png"
-            draw_plot({name: Path(one.out) for name, one in runs.items()}, file)
-            print(f"plot: {file}")
+            draw_plots(args, runs)
+
+
+def draw_plots(args, runs: dict[str, argparse.Namespace]) -> None:
+    """OUT/plot.png; and OUT/heads.png where subspaces were logged."""
+    folders = {name: Path(one.out) for name, one in runs.items()}
+    files = {draw_plot: Path(args.out) / "plot.png"}
+    if all(one.subspaces for one in runs.values()):
+        files[draw_subspaces] = Path(args.out) / "heads.png"
+    for draw, file in files.items():
+        draw(folders, file)
+        print(f"plot: {file}")
 
 
 def main(argv=None) -> None:

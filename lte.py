@@ -419,7 +419,8 @@ class Merged(nn.Module):
 def formed_is_cheaper(tokens, o, i):
     """Is W + s U V better formed as one matrix, or multiplied factor by factor ("textbook")?
 
-    Multiply-adds of one head with M tokens, forward and backward, beside the 2 M o i of W itself:
+    Multiply-adds of one head with M tokens (of all its samples together), forward and backward,
+    beside the 2 M o i of W itself:
 
         textbook  (x V^T) U^T and (g U) V     4 M r (o + i)      x A^T, dA, dB     M r (o + 2 i)
         formed    W + s U V, twice            4 o i r            x A^T, g B, dA, dB  2 M r (o + i)
@@ -455,8 +456,7 @@ class HeadProduct(torch.autograd.Function):
 
     Only x is kept for the backward pass: W is decoded from its rows again, and W + s U V, where it
     is formed, is formed again, each head's in the place of the last one's. Under autocast it is
-    formed in full precision and rounded once, as dense training rounds its W; and nothing here is
-    cast a second time, for in-place products and those with out= are left alone.
+    formed in full precision and rounded once, as dense training rounds its W.
     """
 
     @staticmethod
@@ -467,12 +467,11 @@ class HeadProduct(torch.autograd.Function):
         ctx.save_for_backward(x, A, B, merged_A, merged_B, rows)
         y = aligned_empty(x, *x.shape[:2], len(W))  # (n, M, o)
         form = formed_is_cheaper(x.shape[1], *W.shape)
-        formed, W_x = torch.empty_like(W), None if form else W.to(x.dtype)
+        formed, W_x = (torch.empty_like(W), None) if form else (None, W.to(x.dtype))
         bias = y.new_zeros(len(y), len(W)) if bias is None else bias.to(y.dtype)
-        for x_n, y_n, bias_n, U, V in zip(
-            x, y, bias, *factor_update(A, B, merged_A, merged_B), strict=True
-        ):
-            x_n, U, V = aligned(x_n), aligned(U), aligned(V)
+        update = factor_update(A, B, merged_A, merged_B)
+        for x_n, y_n, bias_n, *own in zip(x, y, bias, *update, strict=True):
+            x_n, U, V = map(aligned, (x_n, *own))
             if form:
                 torch.addmm(W, U, V, alpha=s, out=formed)  # W + s U V
                 torch.addmm(bias_n, x_n, formed.to(x.dtype).mT, out=y_n)
@@ -484,6 +483,11 @@ class HeadProduct(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
+        with torch.autocast(g.device.type, enabled=False):  # it may be called inside
+            return HeadProduct.gradients(ctx, g)
+
+    @staticmethod
+    def gradients(ctx, g):
         x, A, B, merged_A, merged_B, rows = ctx.saved_tensors
         s, r, o, i = ctx.s, A.shape[1], B.shape[1], A.shape[2]
         need_dx, need_dbias = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
@@ -491,7 +495,7 @@ class HeadProduct(torch.autograd.Function):
         dbias = A.new_zeros(len(B), o)  # full precision: a sum over all tokens
         W = decode(rows, ctx.base, A.dtype).flatten()[: o * i].view(o, i)
         form = formed_is_cheaper(x.shape[1], o, i)
-        formed, W_x = torch.empty_like(W), None if form else W.to(x.dtype)
+        formed, W_x = (torch.empty_like(W), None) if form else (None, W.to(x.dtype))
         factors = A.to(x.dtype), B.to(x.dtype), *factor_update(A, B, merged_A, merged_B)
         for x_n, g_n, dx_n, dA_n, dB_n, dbias_n, *own in zip(
             x, g, dx, dA, dB, dbias, *factors, strict=True
@@ -1847,8 +1851,9 @@ def cost_report(model, optimizer=None, *, outer_optimizer=None, merge_every=1, w
     """Bytes that one of `workers` processes (default: those running) holds and sends.
 
     Returns {"held": by kind, "held_dense": by kind, "sent": by kind}.
-    held: what training keeps from step to step, and the gradients; "all" is the sum. Activations
-        come on top, no more than a dense model's, and one layer's W while it is multiplied with.
+    held: what training keeps from step to step, and the gradients; "all" is the sum. On top come
+        activations, no more than a dense model's; one layer's W, formed and for a quantized base
+        decoded too, while it is multiplied with; and what a merge in flight keeps until wait().
     held_dense: the same for data parallel AdamW, 16 bytes for every trained parameter in fp32.
     sent: of one merge, for each row of 64 weights 256 bytes of "deltas" (all-to-all; 128 with
         wire="bf16") and its "forward" format (all-gather), each to P - 1 others, and one byte a
@@ -1857,7 +1862,8 @@ def cost_report(model, optimizer=None, *, outer_optimizer=None, merge_every=1, w
         all-reduce of every trained parameter on a ring.
 
     An optimizer counts with the state of its first step, if that is numbers and tensors of the
-    parameter's shape. Where processes hold unequal shares, process 0 has the largest, and is meant.
+    parameter's shape, and as one for all parameters, with its first group's options. Where
+    processes hold unequal shares, process 0 has the largest, and is meant.
     """
     layout, P = layout_of(model), workers or processes()[1]
     if P < 1 or layout.heads % P:
@@ -1931,7 +1937,8 @@ def subspace_report(model):
     cosine: mean over pairs of heads of <B_m A_m, B_n A_n> / (|B_m A_m| |B_n A_n|); NaN for one head
         or where a head's B is zero.
     grassmann: mean over pairs of sqrt(sum_j theta_j^2), theta_j the angles between the row spaces
-        of A_m and A_n, as a share of its largest value, sqrt(r) pi / 2; NaN for one head.
+        of A_m and A_n, as a share of sqrt(r) pi / 2, its largest value (reached only where
+        2 r <= in; always 0 where r = in); NaN for one head.
     effective_rank: exp(entropy of p), p the singular values of sum_n B_n A_n divided by their sum;
         from 1 to min(in, out, N r). NaN where it is zero.
     """
@@ -1943,12 +1950,12 @@ def subspace_report(model):
         A, B = (every_head(factor, layout).double() for factor in (m.lora_A, m.lora_B))
         # <B_m A_m, B_n A_n> = sum of (B_m^T B_n) * (A_m A_n^T): r x r, never out x in
         inner = (pairs(B.mT) * pairs(A)).sum((2, 3))  # (N, N)
-        norms = inner.diagonal().clamp(min=0).sqrt()
+        norms = inner.diagonal().sqrt()
         Q = torch.linalg.qr(A.mT).Q.mT  # (N, r, in), orthonormal rows
         theta = torch.linalg.svdvals(pairs(Q)).clamp(max=1).acos()  # (N, N, r)
         distance = theta.square().sum(2).sqrt() / (math.sqrt(m.r) * math.pi / 2)
-        (A,), (B,) = side_by_side(A, B)
-        p = torch.linalg.svdvals(B @ A)
+        (all_A,), (all_B,) = side_by_side(A, B)
+        p = torch.linalg.svdvals(all_B @ all_A)
         p = p / p.sum()
         report[m.plain] = dict(
             cosine=(inner / norms.outer(norms))[upper].mean().item(),

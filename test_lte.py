@@ -709,6 +709,44 @@ def test_a_model_cast_to_double_after_convert_computes_in_double():
         lte.merge(layer)
 
 
+def test_under_autocast_gradients_are_summed_and_scaled_in_full_precision():
+    layer = seasoned(nn.Linear(IN, OUT))  # s = 1.5
+    x, g = torch.randn(N * 300, IN), torch.randn(N * 300, OUT).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.backward(g)
+    exact = g.float().unflatten(0, (N, -1)).sum(1)
+    torch.testing.assert_close(layer.bias.grad, exact, rtol=1e-5, atol=1e-5)
+    for p in (layer.lora_A, layer.lora_B):
+        unscaled = p.grad / layer.scaling
+        same(unscaled.bfloat16().float(), unscaled)
+
+
+@pytest.mark.parametrize("samples", [1, B])
+def test_backward_may_run_inside_autocast_after_a_forward_outside(samples):
+    layer, x = seasoned(nn.Linear(IN, OUT)), torch.randn(N * samples, IN, requires_grad=True)
+    y, inputs = layer(x).sum(), [x, *layer.parameters()]
+    outside = torch.autograd.grad(y, inputs, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        same(torch.autograd.grad(y, inputs), outside)
+
+
+@pytest.mark.parametrize("samples", [20, 60])
+def test_under_autocast_a_fresh_layer_rounds_as_a_plain_one_does(samples):
+    plain, x = nn.Linear(64, 48), torch.randn(samples, 64)
+    layer = convert(copy.deepcopy(plain), heads=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        same(layer(x), plain(x))
+
+
+def test_what_products_write_into_starts_a_cache_line():
+    for o, dtype in ((10, torch.float32), (7, torch.float64)):
+        x, W = torch.randn(3, 1, 5, dtype=dtype), torch.randn(o, 5, dtype=dtype)
+        A, B = torch.randn(3, 2, 5, dtype=dtype), torch.randn(3, o, 2, dtype=dtype)
+        y = lte.HeadProduct.apply(x, A, B, None, A, B, W, 1.0, W, "fp32")
+        assert [y_n.data_ptr() % 64 for y_n in y] == [0, 0, 0]
+
+
 def kept_for_backward(model, x, **autocast):
     """Bytes of activations: of what the graph holds and the model does not."""
     held = (*model.parameters(), *model.buffers())
@@ -3336,6 +3374,32 @@ def test_the_bytes_held_are_those_that_the_tensors_take(optimizer, base, outer):
     assert said["all"] == said["all of it"] == there
 
 
+def test_an_outer_adam_has_its_numbers_for_every_piece(monkeypatch):
+    def adam(model):
+        return torch.optim.AdamW(lte.outer_parameters(model))
+
+    monkeypatch.setattr(lte, "PIECE", 7)
+    monkeypatch.setattr(sys.modules[__name__], "nesterov", adam)
+    said, there = held("nf4", torch.optim.AdamW, True)
+    assert said["all"] == there
+
+
+def test_a_step_bears_its_share_of_a_merge_and_dense_training_a_ring():
+    model = lte.convert(nn.Linear(10, 384), heads=4, r=2, lora_alpha=8)
+    sent = lte.cost_report(model, workers=4, merge_every=5)["sent"]
+    assert sent["step"] == sent["merge"] / 5
+    assert sent["dense"] == 2 * 4 * (10 * 384 + 384) * 3 / 4
+
+
+def test_counting_changes_neither_parameters_nor_the_optimizer():
+    model = seasoned(net())
+    optimizer = torch.optim.AdamW(model.parameters())
+    step(model, optimizer, *batch())
+    before = copy.deepcopy((snapshot(model), optimizer.state_dict()))
+    lte.cost_report(model, optimizer)
+    same((snapshot(model), optimizer.state_dict()), before)
+
+
 @pytest.mark.parametrize("base", ["fp32", "nf4"])
 def test_what_a_worker_will_hold_is_foretold_from_one_process(base):
     """Process 0 of 1, 2, 4 holds what one process says that a worker would."""
@@ -3408,6 +3472,13 @@ def test_heads_that_are_alike_are_at_distance_0_and_orthogonal_ones_at_1():
     alike = lte.subspace_report(layer)["weight"]
     assert alike["cosine"] == pytest.approx(1) and alike["grassmann"] == pytest.approx(0, abs=1e-7)
     assert alike["effective_rank"] <= 2 + 1e-9 < apart["effective_rank"] <= 6
+
+
+@torch.no_grad()
+def test_equal_float32_heads_are_at_distance_0_too():
+    layer = convert(nn.Linear(64, 64), heads=4, r=8)
+    layer.lora_A.copy_(torch.randn(8, 64).expand(4, -1, -1))
+    assert lte.subspace_report(layer)["weight"]["grassmann"] < 1e-6
 
 
 @torch.no_grad()
@@ -3717,6 +3788,27 @@ def test_with_the_full_batch_every_head_gets_all_samples_and_without_its_share(
     same(full, (x.repeat(4, 1, 1, 1), y.repeat(4)))
 
 
+def test_with_the_full_batch_a_process_repeats_it_for_its_own_heads(
+    tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    places = []
+
+    def stop(self, first, last, of_process):
+        places.append(of_process)
+        raise Died
+
+    monkeypatch.setattr(train.InMemory, "train_batches", stop)
+    flags = ["--full-batch", "--batch-size", "16", "--out", str(tmp_path)]
+    args = train.settle(train.parse_args(flags), "lte")
+    with pytest.raises(Died):
+        train.train(args, train.load_data(batch_size=16), torch.device("cpu"))
+    same(places[0], torch.arange(16).repeat(2))
+    assert not train.settle(args, "mhlora").full_batch
+    args.no_master = True
+    assert not train.settle(args, "localsgd").no_master
+
+
 def test_on_the_full_batch_lte_merged_at_every_step_is_multi_head_lora(tiny, tmp_path):
     """Promise 3, by way of train.py; Adam's eps and the clipping of each head are what differs."""
     flags = ("--steps", 4, "--weight-decay", 0, "--clip", 1e9, "--warmup", 0)
@@ -3741,7 +3833,7 @@ def test_how_far_heads_are_apart_is_logged_when_asked_for(tiny, tmp_path, method
     result = run_train(tmp_path, *flags)
     with open(tmp_path / "log.csv") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 1 if method == "lte" else 2
+    assert len(rows) == (1 if method in ("lte", "localsgd") else 2)
     for name in train.Report.SUBSPACES:
         assert float(rows[-1][name]) == pytest.approx(result[name], abs=1e-5, nan_ok=True)
         assert math.isnan(result[name]) == (method in ("localsgd", "dense"))
@@ -3765,25 +3857,53 @@ def test_the_papers_main_setting():
     assert (one.heads, one.r, one.merge_every) == (32, 64, 10)
 
 
-@pytest.mark.parametrize("name", train.STUDIES)
-def test_a_study_trains_every_row_with_its_flags_and_prints_a_table(
-    tiny, tmp_path, monkeypatch, capsys, name
-):
+def studied(monkeypatch, tmp_path, *flags):
+    """[(args, data) of each row that a study would train]."""
     trained = []
 
     def fake(args, data, device):
-        trained.append(args)
-        assert train.layout_error(args) is None and args.subspaces
+        trained.append((args, data))
         names = "test_accuracy test_loss bytes_sent_per_step cosine grassmann effective_rank"
         return dict.fromkeys(names.split(), 0) | dict(method=args.method)
 
     monkeypatch.setattr(train, "train", fake)
-    train.main(["--study", name, "--seed", "5", "--out", str(tmp_path)])
+    train.main([*flags, "--out", str(tmp_path)])
+    return trained
+
+
+@pytest.mark.parametrize("name", train.STUDIES)
+def test_a_study_trains_every_row_by_itself_and_prints_a_table(
+    tiny, tmp_path, monkeypatch, capsys, name
+):
+    runs = [one for one, _ in studied(monkeypatch, tmp_path, "--study", name)]
     question, _, rows = train.STUDIES[name]
     printed = capsys.readouterr().out
     assert question in printed and all(f"| {label} |" in printed for label in rows)
-    assert len({one.out for one in trained}) == len(rows) == len(trained)
-    assert {one.seed for one in trained} == {5}
+    assert len({one.out for one in runs}) == len(rows) == len(runs)
+    assert all(train.layout_error(one) is None and one.subspaces for one in runs)
+
+
+def test_a_studys_rows_have_its_common_flags_and_their_own(tiny, tmp_path, monkeypatch):
+    runs = [one for one, _ in studied(monkeypatch, tmp_path, "--study", "interval")]
+    assert [one.merge_every for one in runs] == [1, 2, 4, 8, 16, 8]
+    assert {(one.steps, one.warmup) for one in runs} == {(100, 20)}
+    runs = [one for one, _ in studied(monkeypatch, tmp_path, "--study", "bytes")]
+    assert [one.method for one in runs] == ["dense", "localsgd"] + 5 * ["lte"]
+
+
+def test_what_is_given_beside_a_study_holds_for_its_rows_and_their_data(
+    tiny, tmp_path, monkeypatch
+):
+    flags = "--study interval --merge-every 3 --steps 7 --batch-size 16 --seed 5".split()
+    for one, data in studied(monkeypatch, tmp_path, *flags):
+        assert (one.merge_every, one.steps, data.batch_size, data.seed) == (3, 7, 16, 5)
+
+
+def test_each_row_of_a_study_has_its_own_data(tiny, tmp_path, monkeypatch):
+    opened, load = [], train.load_data
+    monkeypatch.setattr(train, "load_data", lambda *a, **k: opened.append(a) or load(*a, **k))
+    studied(monkeypatch, tmp_path, "--study", "cifar")
+    assert set(opened) == {("folder", "cifar")}
 
 
 def test_a_study_really_trains_and_draws(tiny, tmp_path):
@@ -3794,27 +3914,29 @@ def test_a_study_really_trains_and_draws(tiny, tmp_path):
 
 
 def test_a_plan_is_what_cost_report_counts(capsys):
-    train.main("--plan 2,8 --steps 1 --base nf4 --wire bf16 --merge-every 5".split())
+    train.main("--plan 2,8 --base nf4 --wire bf16 --merge-every 5 --outer-momentum 0.9".split())
     printed = capsys.readouterr().out
-    args = train.settle(train.parse_args(["--base", "nf4"]), "lte")
+    args = train.settle(train.parse_args(["--base", "nf4", "--outer-momentum", "0.9"]), "lte")
     data = types.SimpleNamespace(classes=list(train.SHAPES), image_size=32)
     model = train.make_model(args, data, torch.device("cpu"))
-    cost = lte.cost_report(
-        model, train.make_optimizer(args, model), merge_every=5, wire="bf16", workers=2
-    )
+    options = dict(outer_optimizer=train.make_outer_optimizer(args, model), workers=2)
+    options |= dict(merge_every=5, wire="bf16")
+    cost = lte.cost_report(model, train.make_optimizer(args, model), **options)
     step, dense = (cost["sent"][name] / 1e6 for name in ("step", "dense"))
     assert f"| sends a step | {step:,.3f} MB | {dense:,.3f} MB | {dense / step:.1f} |" in printed
     assert f"| waits a step | {step:,.3f} s | {dense:,.3f} s |" in printed  # 8 Mbit/s: 1 MB/s
     held, all_dense = cost["held"]["all"] / 1e6, cost["held_dense"]["all"] / 1e6
-    assert f"| {held:,.3f} MB | {all_dense:,.3f} MB |" in printed
+    assert f"| holds, activations aside | {held:,.3f} MB | {all_dense:,.3f} MB |" in printed
+    assert f"| sends at once | {cost['sent']['merge'] / 1e6:,.3f} MB |" in printed
+    assert "2 workers, 2 heads each of rank 32" in printed
 
 
 def test_the_benchmark_times_both_forms_beside_dense(monkeypatch, tmp_path, capsys):
-    forms, chosen = [], lte.HeadProduct.forward
+    forms, forward = [], lte.HeadProduct.forward
 
     def spy(ctx, x, *rest):
         forms.append(lte.formed_is_cheaper(x.shape[1], 8, 8))
-        return chosen(ctx, x, *rest)
+        return forward(ctx, x, *rest)
 
     monkeypatch.setattr(lte.HeadProduct, "forward", staticmethod(spy))
     monkeypatch.setattr(train, "own_process", lambda function, *args: 10**6)
@@ -3830,10 +3952,54 @@ def test_the_benchmark_times_both_forms_beside_dense(monkeypatch, tmp_path, caps
     )
 
 
+def test_a_benchs_row_says_what_it_measured(monkeypatch):
+    args = train.settle(train.parse_args(["--merge-every", "5", "--base", "bf16"]), "lte")
+    ms, costs, report = {"dense": 2.0, "LTE textbook": 6.0, "LTE": 4.0}, [], lte.cost_report
+
+    class Fake(train.Benched):
+        def __init__(self, args, row, variant, device):
+            super().__init__(args, row, variant, device)
+            self.ms = ms[variant]
+
+        def __call__(self, steps):
+            return self.ms
+
+        def merge(self):
+            return self.ms / 10
+
+    def spy(model, **options):
+        assert lte.merged_tensors(model)[0].base == "bf16"
+        costs.append(report(model, **options))
+        return costs[0]
+
+    monkeypatch.setattr(lte, "cost_report", spy)
+    monkeypatch.setattr(train, "Benched", Fake)
+    monkeypatch.setattr(train, "own_process", lambda function, *a: 10**6)
+    table = train.bench_row(args, (8, 2, 4, 2, 4, 16), torch.device("cpu"), rounds=1)
+    assert [(r["ms"], r["of_dense"]) for r in table.values()] == [(2, 1), (6, 3), (4, 2)]
+    assert math.isnan(table["dense"]["merge_ms"]) and table["LTE textbook"]["merge_ms"] == 0.6
+    assert table["dense"]["bytes"] == 8 * 2 * (12 * 64 + 9 * 8) / 2  # two blocks, two workers
+    assert table["LTE"]["bytes"] == costs[0]["sent"]["merge"] / 5
+
+
+def test_a_variants_peak_is_what_its_steps_add(monkeypatch):
+    steps, peaks = [], iter((100, 130))
+    monkeypatch.setattr(train, "peak_memory", lambda device: next(peaks))
+    monkeypatch.setattr(train, "Benched", lambda *args: steps.append)
+    assert train.peak_of(None, None, "LTE", torch.device("cpu"), 1) == 30 and steps == [3]
+
+
+def test_the_benchmark_learns_at_a_rate_that_leaves_activations_as_they_are():
+    args = train.settle(train.parse_args([]), "lte")
+    one = train.Benched(args, (8, 2, 4, 2, 4, 16), "dense", torch.device("cpu"))
+    assert {group["lr"] for group in one.optimizer.param_groups} == {1e-5}
+
+
 def test_a_process_tells_its_own_peak_not_that_of_the_one_that_started_it():
     torch.ones(2**28, dtype=torch.uint8)  # 256 MB, touched
     cpu = torch.device("cpu")
-    assert train.own_process(train.peak_memory, cpu) < train.peak_memory(cpu)
+    assert 2**26 < train.own_process(train.peak_memory, cpu) < train.peak_memory(cpu)
+    assert train.peak_memory(cpu) > 2**28
 
 
 # ------------------------------------------------------------------------------------------------
@@ -4430,3 +4596,15 @@ def test_the_readme_example_runs():
     )
     exec(code, dict(VisionTransformer=make, batches=data, F=F, torch=fake_torch))
     make().load_state_dict(saved)
+
+
+def test_what_the_readme_names_is_there():
+    text = (Path(__file__).parent / "README.md").read_text()
+    tests = [name for name in globals() if name.startswith("test_")]
+    for name in re.findall(r"-k ([a-z_A-Z0-9]+)", text):
+        assert name == "NAME" or any(name in test for test in tests), name
+    for flag, known in (("study", train.STUDIES), ("preset", train.PRESETS)):
+        named = re.findall(rf"--{flag} ([a-z][\w-]*)", text)
+        assert named and set(named) <= set(known), flag
+    for picture in re.findall(r"\]\((assets/[^)]+)\)", text):
+        assert (Path(__file__).parent / picture).exists(), picture

@@ -87,7 +87,8 @@ fi
 
 train=$(cd "$(dirname "$0")" && pwd)/train.py
 torchrun=(python -m torch.distributed.run --nproc-per-node="$NPROC" --max-restarts="$MAX_RESTARTS")
-[[ $HOSTS ]] || exec "${torchrun[@]}" "${meet[@]}" "$train" "$@"
+# Behind "--", since torchrun would take --r for an abbreviation of a flag of its own.
+[[ $HOSTS ]] || exec "${torchrun[@]}" "${meet[@]}" -- "$train" "$@"
 
 # ---- emulated hosts: a network namespace each, and one more with the switch that joins them ----
 
@@ -162,7 +163,7 @@ for ((host = 0; host < HOSTS; host++)); do
   mine=${devices[*]:host * NPROC:NPROC}
   CUDA_VISIBLE_DEVICES=${mine// /,} setsid ip netns exec $run-$host "${torchrun[@]}" \
     --nnodes="$HOSTS" --node-rank=$host --master-addr=10.0.0.1 --master-port=29500 \
-    --local-addr=10.0.0.$((host + 1)) "$train" "$@" </dev/null &
+    --local-addr=10.0.0.$((host + 1)) -- "$train" "$@" </dev/null &
 done
 for ((host = 0; host < HOSTS; host++)); do
   wait -n || exit # with the status of the first that failed; stop ends the others

@@ -4560,6 +4560,10 @@ def test_the_launcher_refuses_what_does_not_fit_in_one_sentence(variables, says)
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_the_launcher_hands_on_what_torchrun_would_take_for_a_flag_of_its_own():
+    assert "--steps 0: must be 1 or more" in launch("--r", 8, "--steps", 0, NPROC="1").stderr
+
+
 def namespaces():
     return set(subprocess.run(["ip", "netns"], capture_output=True, text=True).stdout.splitlines())
 
@@ -4569,7 +4573,7 @@ def test_emulated_hosts_send_over_their_links_what_lte_counts_and_leave_nothing_
     if not allowed or subprocess.run(["ip", "netns", "add", "lte-may-i"]).returncode:
         pytest.skip("needs root, ip and tc, and a system that allows network namespaces")
     subprocess.run(["ip", "netns", "del", "lte-may-i"], check=True)
-    flags, before = "--steps 8 --batch-size 16 --eval-every 8 --out".split(), namespaces()
+    flags, before = "--r 16 --steps 8 --batch-size 16 --eval-every 8 --out".split(), namespaces()
     done = launch(*flags, tmp_path, HOSTS="2", LINK="1gbit")
     assert done.returncode == 0, done.stderr
     counted = 8 * json.loads((tmp_path / "result.json").read_text())["bytes_sent_per_step"]

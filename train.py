@@ -1673,18 +1673,18 @@ def draw_plot(folders: dict[str, Path], file: Path) -> None:
     """Accuracy against steps and against bytes sent, from each run's log.csv."""
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), sharey=True, layout="constrained")
     for method, folder in folders.items():
         with open(folder / "log.csv") as log:
             rows = list(csv.DictReader(log))
         accuracy = [100 * float(row["test_accuracy"]) for row in rows]
-        left.plot([int(row["step"]) for row in rows], accuracy, label=method)
+        [line] = left.plot([int(row["step"]) for row in rows], accuracy, label=method)
         if int(rows[-1]["bytes_sent"]):
-            right.semilogx([int(row["bytes_sent"]) for row in rows], accuracy, label=method)
+            sent = [int(row["bytes_sent"]) for row in rows]
+            right.semilogx(sent, accuracy, color=line.get_color())
     left.set(xlabel="optimizer steps", ylabel="test accuracy (%)")
     right.set(xlabel="bytes sent by one process")
-    left.legend()
-    figure.tight_layout()
+    figure.legend(loc="outside right upper")
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
@@ -1693,7 +1693,7 @@ def draw_subspaces(folders: dict[str, Path], file: Path) -> None:
     """How far heads are apart while they train, from each run's log.csv."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.3))
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), layout="constrained")
     labels = "mean cosine between heads", "Grassmann distance / largest", "effective rank of update"
     for axis, column, label in zip(axes, Report.SUBSPACES, labels, strict=True):
         for name, folder in folders.items():
@@ -1702,8 +1702,7 @@ def draw_subspaces(folders: dict[str, Path], file: Path) -> None:
             steps, values = [int(r["step"]) for r in rows], [float(r[column]) for r in rows]
             axis.plot(steps, values, label=name)
         axis.set(xlabel="optimizer steps", ylabel=label)
-    axes[0].legend()
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
@@ -1712,7 +1711,7 @@ def draw_bench(table: dict[str, dict], file: Path) -> None:
     """Bars: a step's time as a share of a dense one's, and the most memory that it took."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.5))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     labels = {"of_dense": "time of a step / dense", "peak_mb": "peak memory (MB)"}
     for axis, (column, label) in zip(axes, labels.items(), strict=True):
         for k, variant in enumerate(VARIANTS):
@@ -1721,8 +1720,7 @@ def draw_bench(table: dict[str, dict], file: Path) -> None:
             axis.bar(places, heights, 0.25, label=variant)
         axis.set_xticks(range(len(table)), [name.replace(", ", "\n") for name in table])
         axis.set(xlabel="width, heads, r, images a head (top to bottom)", ylabel=label)
-    axes[0].legend(loc="lower right")
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
     plt.close(figure)

@@ -4560,8 +4560,12 @@ def test_the_launcher_refuses_what_does_not_fit_in_one_sentence(variables, says)
     assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_the_launcher_hands_on_what_torchrun_would_take_for_a_flag_of_its_own():
-    assert "--steps 0: must be 1 or more" in launch("--r", 8, "--steps", 0, NPROC="1").stderr
+def test_the_launcher_hands_on_what_torchrun_would_take_for_a_flag_of_its_own(tmp_path):
+    python = tmp_path / "python"  # has 0 GPUs and 1 core, and else says what it is called with
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] && echo 0 1 || echo "$@"\n')
+    python.chmod(0o755)
+    said = launch("--r", 8, NPROC="1", PATH=f"{tmp_path}:{os.environ['PATH']}").stdout
+    assert f" -- {LAUNCHER.with_name('train.py')} --r 8\n" in said
 
 
 def namespaces():

@@ -19,14 +19,15 @@ must stop adding it a second time. Factors and optimizer state just go on. What 
 Use
     model = lte.convert(ViT(), heads=8, r=32, lora_alpha=256)
     loss = lte.head_loss(F.cross_entropy(model(x), y, reduction="none"), model)
-    loss.backward(); lte.clip_grad_norm_(model, 1.0); optimizer.step()
+    loss.backward(); lte.clip_grad_norm_(model, 1.0); optimizer.step(); optimizer.zero_grad()
     if step % T == 0: lte.merge(model)
     lte.save("checkpoints", model, optimizer, step=step)        # step = lte.load(...)["step"]
     torch.save(lte.merged_state_dict(model), "model.pt")        # loads into a plain ViT()
 
 Glossary: symbol, name in the code, meaning
     N       layout.heads    heads over all processes; attention's own heads are `attn_heads`
-    n       layout.local    heads of this process, a contiguous block of the N
+    n       layout.local    as a size: how many heads this process has, a block of the N;
+                            as an index: one head
     P       layout.world    processes; `layout.rank` is this one ("rank" is never the LoRA rank)
     T                       optimizer steps between merges: the caller's loop decides
     r       r               rank of one head's factors, cut to min(in, out) of the layer
@@ -125,7 +126,7 @@ class Layout:
 
     @property
     def local(self):
-        """Heads of this process: heads rank * local .. (rank + 1) * local - 1."""
+        """How many heads this process has: rank * local .. (rank + 1) * local - 1 of the N."""
         return self.heads // self.world
 
     def split(self, x):
@@ -323,7 +324,7 @@ class Merged(nn.Module):
     there, and `rows` is always its rounding, so nothing is lost however coarse the base. For "fp32"
     the rows are the master. A merge asks of a subclass:
         decays                    does weight decay shrink it?
-        learnt()                  what the heads here changed, tensors (n, ...)
+        learnt()                  what the heads here train, as it is now, tensors (n, ...)
         bound(learnt)             (n,): no weight changes by more; NaN or inf: cannot be added
         delta(learnt, h, piece)   head h's change of a piece since the last merge, flat
         roll_back(learnt, h)      head h starts again from the merged model
@@ -454,9 +455,10 @@ class HeadProduct(torch.autograd.Function):
 
         dx = g (W + s U V),    dB = s g^T (x A^T),    dA = s (g B)^T x,    dbias = g^T 1
 
-    Only x is kept for the backward pass: W is decoded from its rows again, and W + s U V, where it
-    is formed, is formed again, each head's in the place of the last one's. Under autocast it is
-    formed in full precision and rounded once, as dense training rounds its W.
+    Beside the layer's own tensors only x is kept for the backward pass: W is decoded from its rows
+    again, and W + s U V, where it is formed, is formed again, each head's in the place of the last
+    one's. Under autocast it is formed in full precision and rounded once, as dense training rounds
+    its W.
     """
 
     @staticmethod
@@ -689,7 +691,7 @@ class Copies(Merged):
         return [self.heads.detach()]
 
     def bound(self, learnt):
-        return 2 * largest(learnt[0])
+        return largest(learnt[0]) + largest(self.dense().unsqueeze(0))
 
     def delta(self, learnt, h, piece):
         weights = slice(piece.start * BLOCK, piece.stop * BLOCK)

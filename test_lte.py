@@ -2204,6 +2204,16 @@ def test_a_head_that_is_not_finite_is_left_out_and_starts_again(spoil, base, asy
     assert model[0].layout.left_out == 1 and model(x).isfinite().all()
 
 
+@pytest.mark.parametrize("size", [0.1, 10.0])
+def test_no_weight_changes_by_more_than_its_heads_bound(size):
+    model = learn(seasoned(net()), size=size)
+    model[1].weight.heads.data[1] = 0  # a copy that lost all it had
+    for m in lte.merged_tensors(model):
+        bounds = m.bound(m.learnt())
+        assert len(bounds) == N
+        assert all(delta(m, n).abs().max() <= bounds[n] for n in range(N))
+
+
 def test_a_head_whose_update_overflows_only_against_what_was_merged_is_left_out():
     layer = convert(nn.Linear(IN, OUT, bias=False))
     factors = layer.lora_A.data, layer.lora_B.data, layer.merged_A, layer.merged_B

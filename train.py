@@ -566,14 +566,21 @@ UNMERGED = ("mhlora", "lora", "dense")  # till the end: tested at any step, on a
 # The rows of README's CIFAR-10 table, and the paper's main setting. Rate, batch and steps of the
 # latter are our guess: the rate is a twentieth of dense AdamW's usual 1e-3, as s = 64 asks for.
 CIFAR = "--dataset folder --data cifar --steps 250 --warmup 30"
+CIFAR1024 = f"{CIFAR} --batch-size 1024"
+WIDE = "--r 128 --lora-alpha 4096 --merge-every 1 --lr 1.25e-4"  # r: vit-nano's width
 PRESETS = {
     "cifar-dense": f"{CIFAR} --method dense",
     "cifar-mhlora": f"{CIFAR} --method mhlora",
     "cifar-lte": CIFAR,
     "cifar-lte-nf4": f"{CIFAR} --base nf4 --wire bf16",
+    "cifar-lte-wide": f"{CIFAR} {WIDE}",
+    "cifar-lte-wide-nf4": f"{CIFAR} {WIDE} --base nf4 --wire bf16",
     "cifar-localsgd": f"{CIFAR} --method localsgd",
     "cifar-relora": f"{CIFAR} --method relora --r 8 --lr 2e-3",
     "cifar-lora": f"{CIFAR} --method lora --r 8 --lr 2e-3",
+    "cifar1024-dense": f"{CIFAR1024} --method dense --lr 4e-3",
+    "cifar1024-lte": CIFAR1024,
+    "cifar1024-lte-wide": f"{CIFAR1024} {WIDE}",
     "paper": "--dataset folder --data imagenet100 --model vit-small --patch 32 --heads 32 --r 64 "
     "--lora-alpha 4096 --merge-every 10 --lr 5e-5 --batch-size 1024 --steps 37000 --warmup 1000",
 }
@@ -585,6 +592,11 @@ STUDIES = {
         "Does LTE match dense training on CIFAR-10 (JPEG)? Each method at its own best rate.",
         "",
         {name[6:]: f"--preset {name}" for name in PRESETS if name.startswith("cifar-")},
+    ),
+    "batch": (
+        "What rank takes to match dense training on CIFAR-10 (JPEG), in batches of 1024?",
+        "",
+        {name[10:]: f"--preset {name}" for name in PRESETS if name.startswith("cifar1024-")},
     ),
     "rank": (
         "What does a head's rank buy? 4 heads.",
@@ -669,7 +681,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", default="vit-nano", choices=MODELS, help="architecture (vit-nano)")
     add("--patch", type=int, help="patch side in pixels (8 nano, 4 at 32 px, 16 at 224 px)")
     add("--dataset", default="shapes", choices=DATASETS, help="images (shapes, made on the spot)")
-    add("--data", default="data", metavar="DIR", help="where images are, or --download puts them")
+    add("--data", default="data", metavar="DIR", help="where images are, or are put (data)")
     add("--download", action="store_true", help="fetch the data set where torchvision can")
     add(
         "--augment",

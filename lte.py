@@ -126,7 +126,7 @@ class Layout:
 
     @property
     def local(self):
-        """How many heads this process has: rank * local .. (rank + 1) * local - 1 of the N."""
+        """How many heads this process has; the first of them is head rank * local of the N."""
         return self.heads // self.world
 
     def split(self, x):

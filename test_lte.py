@@ -3683,21 +3683,6 @@ def test_compare_prints_one_table(small, tmp_path, capsys):
     assert (tmp_path / "dense" / "model.pt").exists() and (tmp_path / "lte" / "log.csv").exists()
 
 
-def test_two_processes_under_torchrun_end_with_the_weights_of_one(tmp_path):
-    """The real command, on the real data set, with quantized weights: bit for bit."""
-    flags = "--steps 4 --batch-size 32 --merge-every 2 --base nf4 --heads 2 --out".split()
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for world in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}"]
-        script = [str(Path(train.__file__)), *flags, str(tmp_path / str(world))]
-        done = subprocess.run(command + script, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    one, two = (torch.load(tmp_path / str(world) / "model.pt") for world in (1, 2))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    result = json.loads((tmp_path / "2" / "result.json").read_text())
-    assert result["bytes_sent_per_step"] > 0 and result["bytes_are"].startswith("counted")
-
-
 def save_images(root, size=8, classes=("cat", "dog"), parts=("train", "test")):
     for part, name, i in itertools.product(parts, classes, range(4)):
         folder = root / part / name
@@ -4143,6 +4128,25 @@ def test_the_second_SIGTERM_kills(tiny, tmp_path, monkeypatch):
     assert not lte.checkpoints(tmp_path / "checkpoints")
 
 
+def test_a_SIGTERM_after_a_process_was_lost_does_not_silence_what_is_said_of_it(
+    tiny, tmp_path, monkeypatch
+):
+    """torchrun sends one to all that are left, often while they end."""
+
+    def lose():
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        raise lte.ProcessLost("another process has ended")
+
+    before_step(monkeypatch, 3, lose)
+    monkeypatch.setattr(dist, "destroy_process_group", terminate)
+    handler = signal.signal(signal.SIGTERM, die)  # what kills, as far as this test goes
+    try:
+        said = sentence("--steps", 3, "--batch-size", 16, "--out", tmp_path)
+        assert said == "train.py: step 3: another process has ended"
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
 def test_after_a_run_signals_are_what_they_were(tiny, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     run_train(tmp_path, "--steps", 1)
@@ -4493,6 +4497,20 @@ def wait_for(log, text, launcher, seconds=60):
     return found
 
 
+def test_two_processes_under_torchrun_end_with_the_weights_of_one(tmp_path):
+    """The real command, with quantized weights: bit for bit."""
+    flags, log = small_run(tmp_path, "--base", "nf4"), tmp_path / "log"
+    with torchrun(log, train.__file__, *flags, "--out", tmp_path / "two") as launcher:
+        assert launcher.wait(100) == 0, log.read_text()
+    result = run_train(tmp_path / "one", *flags)
+    assert result["bytes_are"] == "computed for 2 processes"
+    told = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert told["bytes_are"].startswith("counted")
+    assert told["bytes_sent_per_step"] == result["bytes_sent_per_step"] > 0
+    one, two = (torch.load(tmp_path / name / "model.pt") for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 LOST = r"train.py: step \d+: .*another process has ended or hangs; go on from the last checkpoint"
 
 
@@ -4587,10 +4605,10 @@ def test_emulated_hosts_send_over_their_links_what_lte_counts_and_leave_nothing_
     if not allowed or subprocess.run(["ip", "netns", "add", "lte-may-i"]).returncode:
         pytest.skip("needs root, ip and tc, and a system that allows network namespaces")
     subprocess.run(["ip", "netns", "del", "lte-may-i"], check=True)
-    flags, before = "--r 16 --steps 8 --batch-size 16 --eval-every 8 --out".split(), namespaces()
-    done = launch(*flags, tmp_path, HOSTS="2", LINK="1gbit")
+    flags, before = small_run(tmp_path, "--r", 16, "--out", tmp_path), namespaces()
+    done = launch(*flags, HOSTS="2", LINK="1gbit")
     assert done.returncode == 0, done.stderr
-    counted = 8 * json.loads((tmp_path / "result.json").read_text())["bytes_sent_per_step"]
+    counted = 40 * json.loads((tmp_path / "result.json").read_text())["bytes_sent_per_step"]
     [sent] = re.findall(r"host 1 sent (\d+) bytes", done.stderr)  # host 0 sends the model too
     assert 1 < int(sent) / counted < 1.05
     assert namespaces() <= before

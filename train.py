@@ -1029,7 +1029,8 @@ def train(args: argparse.Namespace, data, device: torch.device) -> dict:
     except (lte.ProcessLost, FloatingPointError) as error:
         raise type(error)(f"step {step}: {error}") from error
     finally:
-        stop.ignore()
+        if not isinstance(sys.exception(), lte.ProcessLost):
+            stop.ignore()  # else torchrun's SIGTERM follows, and main has yet to say why
     return report.finish()
 
 

@@ -60,6 +60,8 @@ if [[ $HOSTS ]]; then
 elif [[ $LINK$DELAY ]]; then
   die "LINK=$LINK and DELAY=$DELAY act on emulated hosts only; set HOSTS, or unset both"
 elif [[ $RDZV ]]; then
+  # Machines count restarts each for itself, so each round of theirs needs a fresh store.
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
   meet=(--nnodes="$NNODES" --rdzv-backend=c10d --rdzv-endpoint="$RDZV" --rdzv-id="${RDZV_ID:-lte}")
 elif [[ $NNODES == *:* ]]; then
   die "NNODES=$NNODES is a range, which needs a place to meet; set RDZV=host:port"

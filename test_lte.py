@@ -3735,6 +3735,9 @@ def test_a_model_file_of_another_model_is_refused(small, tmp_path):
     said = sentence("--eval-only", tmp_path / "model.pt", "--patch", 16)
     assert "is not a model.pt of vit-nano on shapes" in said and "--patch" in said
     assert "no_such.pt" in sentence("--eval-only", tmp_path / "no_such.pt")
+    for text in ("", "not a model"):
+        (tmp_path / "model.pt").write_text(text)
+        assert "is not a model.pt" in sentence("--eval-only", tmp_path / "model.pt")
 
 
 def test_weights_that_are_not_numbers_are_found_before_a_merge():
@@ -4268,6 +4271,29 @@ def test_a_comparison_goes_on_with_every_method_where_it_was(tiny, tmp_path, mon
         same_end(again / method, whole / method)
 
 
+def test_a_study_goes_on_with_every_row_where_it_was(tiny, tmp_path, monkeypatch):
+    """Killed in the first row: the others have not begun."""
+    flags = ["--study", "distance", *CUT, "--batch-size", "16", "--out", str(tmp_path)]
+    with monkeypatch.context() as patched, pytest.raises(Died):
+        before_step(patched, 4, die)
+        train.main(flags)
+    train.main([*flags, "--resume"])
+    assert len(list(tmp_path.glob("distance/*/result.json"))) == len(train.STUDIES["distance"][2])
+
+
+def test_resume_auto_begins_where_nothing_is_saved_and_else_goes_on(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    for which in ((), ("previous",)):
+        said = sentence(*CUT, "--batch-size", 16, "--out", tmp_path, "--resume", *which)
+        assert "holds no checkpoint" in said
+    with monkeypatch.context() as patched, pytest.raises(Died):
+        before_step(patched, 4, die)
+        run_train(tmp_path, *CUT, "--resume", "auto")
+    run_train(tmp_path, *CUT, "--resume", "auto")
+    assert "step 2  goes on from" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "flag, value",
     [
@@ -4306,7 +4332,7 @@ def saved_run(tmp_path_factory):
 def test_every_flag_that_changes_what_is_learnt_is_compared():
     flags = {action.dest for action in train.make_parser()._actions}
     free = "help data download compile out eval_every eval_only compare plot save_every resume "
-    free += "timeout preset study bench plan subspaces"
+    free += "timeout preset study bench plan"
     assert flags - set(train.Checkpoints.FLAGS.split()) == set(free.split())
 
 
@@ -4315,7 +4341,7 @@ def test_processes_compare_every_flag_but_those_that_may_differ(tiny, tmp_path, 
     monkeypatch.setattr(lte, "agree", lambda **k: (compared.append(k), agree(**k))[1])
     run_train(tmp_path, "--steps", 1)
     flags = {"--" + action.dest.replace("_", "-") for action in train.make_parser()._actions}
-    assert flags - compared[0].keys() == {"--help", "--data", "--download", "--out"}
+    assert flags - compared[0].keys() == {"--help", "--data", "--out"}
 
 
 def test_a_group_that_torchrun_started_again_goes_on_by_itself(tiny, tmp_path, monkeypatch, capsys):
@@ -4380,9 +4406,10 @@ def test_where_nothing_is_merged_a_loss_that_is_not_a_number_ends_the_run(
     tiny, tmp_path, monkeypatch, method
 ):
     poison(monkeypatch, 3, slice(8, 12))
-    flags = ("--batch-size", 16, "--steps", 5, "--eval-every", 4, "--out", tmp_path)
-    assert "the loss of head 0 is nan at step 3" in sentence("--method", method, *flags)
-    assert not (tmp_path / "model.pt").exists()
+    flags = ("--batch-size", 16, "--steps", 9, "--save-every", 2, "--eval-every", 8)
+    said = sentence("--method", method, *flags, "--out", tmp_path)
+    assert said.startswith("train.py: step 4: the loss of head 0 is nan at step 3")
+    assert steps_in(tmp_path / "checkpoints") == [2] and not (tmp_path / "model.pt").exists()
 
 
 @pytest.mark.parametrize(
@@ -4423,7 +4450,7 @@ def test_wrong_flags_are_refused_with_the_flag_and_the_rule(flags, says, capsys)
     [
         (("--heads", 3), "--batch-size 256 does not split into 3 heads"),
         (("--accumulate", 3), "1 processes and 3 micro-batches; use a multiple of 12"),
-        (("--augment", "mixup", "--heads", 32), "mixes groups of 16 samples"),
+        (("--augment", "mixup", "--heads", 32), "mixes groups of 16 samples, but a head"),
         (("--compare", "dense", "lte", "--overlap", 4), "--overlap 4 needs a merge that arrives"),
         (("--merge-warmup", 8, "--overlap", 2), "--merge-warmup 8 merges at every step at first"),
         (("--merge-warmup", 8, "--reset", "B"), "or for --reset B; leave those out"),
@@ -4445,6 +4472,8 @@ def test_heads_must_spread_over_the_processes(monkeypatch):
         assert f"--method {method} runs on one process" in error(method, "--heads", "3")
     assert error("lte", "--heads", "6", "--batch-size", "24") is None
     assert error("dense", "--batch-size", "24") is None
+    mixed = error("dense", "--batch-size", "72", "--augment", "mixup")
+    assert "process has 24; use a --batch-size that is a multiple of 48" in mixed
 
 
 # ---- the real command, and real kills ----

@@ -4,14 +4,14 @@
     torchrun --nproc_per_node=2 train.py                two processes run half of them each
     python train.py --save-every 50 --resume            goes on from the last checkpoint
     python train.py --compare dense lora mhlora lte     one after the other, one table
-    python train.py --preset cifar-lte                  a row of the README's tables
+    python train.py --preset cifar-lte --data DIR       a row of the README's tables
     python train.py --study heads                       a question, answered by a table
     python train.py --bench                             a step's time beside a dense one's
 
 Methods, all on the same samples in the same order:
     lte        N heads, each alone on its share of the batch, merged every T steps
     mhlora     N heads, every one on every sample, one process: what LTE approximates
-    lora       one head, never merged: rank r is all it can reach
+    lora       one head, merged only at the end: rank r is all it can reach
     relora     one head, merged and started anew again and again
     localsgd   N dense copies, averaged every T steps
     dense      AdamW on all weights; under torchrun, torch's DistributedDataParallel
@@ -25,7 +25,6 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import re
 import resource
 import signal
@@ -34,9 +33,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from unittest import mock
 
@@ -44,7 +43,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, random_split
 from torchvision import datasets
 from torchvision.transforms import v2
 
@@ -167,8 +166,6 @@ class Mixer(nn.Module):
 
 def build_model(name: str, *, classes: int, image_size: int, patch: int | None = None) -> nn.Module:
     """One of MODELS for square images of image_size pixels; weights from torch's global seed."""
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; choose one of {', '.join(MODELS)}")
     if patch is None:  # 64 tokens for images of up to 64 pixels, 16 for the nano models
         patch = 16 if image_size > 64 else max(1, image_size // (4 if "nano" in name else 8))
     if patch < 1 or image_size % patch:
@@ -359,9 +356,6 @@ class Streamed:
     def load(self, items: SeededItems, batches: Iterator[list[tuple[int, int]]]) -> Iterator:
         """Yields x (b, 3, 224, 224) and y (b,) for each list of (index, seed)."""
         options = dict(num_workers=self.workers, pin_memory=self.device.type == "cuda")
-        options["generator"] = lte.generator(
-            "workers"
-        )  # else it would draw from torch's global one
         try:
             for x, y in DataLoader(items, batch_sampler=batches, **options):
                 x = normalise(x.to(self.device, non_blocking=True), self.mean, self.std)
@@ -372,12 +366,6 @@ class Streamed:
     def train_batches(self, first_step: int, last_step: int, places: Tensor) -> Iterator:
         """Yields x (len(places), 3, 224, 224), y (len(places),) or, if mixed, (..., classes)."""
         steps, firsts = range(first_step, last_step + 1), places[:: self.GROUP]
-        groups = (firsts[:, None] + torch.arange(self.GROUP)).flatten()
-        if self.mix and (not torch.equal(places, groups) or (firsts % self.GROUP).any()):
-            raise ValueError(
-                f"mixup and cutmix pair samples in groups of {self.GROUP} and cannot split "
-                f"{len(places)} places so; make every head's samples a multiple of {self.GROUP}"
-            )
 
         def batches():
             for step in steps:
@@ -434,29 +422,22 @@ def read_image(path: str):
         raise ValueError(f"{path} cannot be read as an image; replace or remove it") from error
 
 
-def split_in_two(dataset: Dataset, order: list[int]) -> tuple[Subset, Subset]:
-    """80 % for training, 20 % for testing, always the same: for data that come without a split."""
-    order = [
-        order[i] for i in torch.randperm(len(order), generator=lte.generator("split")).tolist()
-    ]
-    cut = len(order) * 4 // 5
-    return Subset(dataset, order[:cut]), Subset(dataset, order[cut:])
-
-
 def open_dataset(name: str, root: Path, download: bool) -> tuple[Dataset, Dataset, list]:
     """torchvision's training set, test set and class names."""
+    # 80 % for training, 20 % for testing, always the same: for data that come without a split.
+    split = partial(random_split, lengths=[0.8, 0.2], generator=lte.generator("split"))
     match name:
         case "cifar10" | "cifar100":
             kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
             train, test = (kind(root, train=part, download=download) for part in (True, False))
         case "caltech256":
             whole = datasets.Caltech256(root, download=download)
-            return *split_in_two(whole, list(range(len(whole)))), whole.categories
+            return *split(whole), whole.categories
         case "sun397":
             whole = datasets.SUN397(root, download=download, loader=read_image)
             # Listed in the order of the file system, which differs from machine to machine.
             order = sorted(range(len(whole)), key=lambda i: str(whole._image_files[i]))
-            return *split_in_two(whole, order), whole.classes
+            return *split(Subset(whole, order)), whole.classes
         case "stanford_cars":
             parts = "train", "test"
             train, test = (datasets.StanfordCars(root, part, loader=read_image) for part in parts)
@@ -522,10 +503,6 @@ def load_data(
         workers: processes that read streamed images; None: this process's share of the cores.
         options: seed, device, batch_size (samples per optimizer step, over all processes).
     """
-    if name not in DATASETS:
-        raise ValueError(f"unknown dataset {name!r}; choose one of {', '.join(DATASETS)}")
-    if augment not in ("auto", *AUGMENT):
-        raise ValueError(f"unknown augment {augment!r}; choose one of auto, {', '.join(AUGMENT)}")
     if name == "shapes":
         classes, small = list(SHAPES), [make_shapes(20_000, "train"), make_shapes(5_000, "test")]
     else:
@@ -561,7 +538,7 @@ METHODS = {
     "dense": dict(heads=1, merge_every=0, reset="none", r=32, lr=2e-3),
 }
 ONE_PROCESS = ("mhlora", "lora", "relora")
-UNMERGED = ("mhlora", "lora", "dense")  # till the end: tested at any step, on a merged copy
+UNMERGED = ("mhlora", "lora", "dense")  # till the end: tested at any step, merged in a copy
 
 # The rows of README's CIFAR-10 table, and the paper's main setting. Rate, batch and steps of the
 # latter are our guess: the rate is a twentieth of dense AdamW's usual 1e-3, as s = 64 asks for.
@@ -675,11 +652,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", choices=PRESETS, help="the flags of a table's row")
+    parser.add_argument("--preset", choices=PRESETS, help="flags of a CIFAR-10 row, or the paper's")
     add = parser.add_argument_group("what to train").add_argument
     add("--method", default="lte", choices=METHODS, help="how to train (lte)")
     add("--model", default="vit-nano", choices=MODELS, help="architecture (vit-nano)")
-    add("--patch", type=int, help="patch side in pixels (8 nano, 4 at 32 px, 16 at 224 px)")
+    add("--patch", type=int, help="patch side in pixels (4, nano 8; of 224 px 16)")
     add("--dataset", default="shapes", choices=DATASETS, help="images (shapes, made on the spot)")
     add("--data", default="data", metavar="DIR", help="where images are, or are put (data)")
     add("--download", action="store_true", help="fetch the data set where torchvision can")
@@ -732,8 +709,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--resume",
         nargs="?",
         const="last",
-        choices=("last", "previous"),
-        help="go on from the last checkpoint, or the one before where the last is not whole",
+        choices=("last", "previous", "auto"),
+        help="go on from the last checkpoint; previous: the one before, where that is not whole; "
+        "auto: begin where there is none",
     )
     add("--timeout", type=float, default=300, help="seconds to wait for other processes (300)")
     return parser
@@ -814,10 +792,12 @@ def layout_error(run: argparse.Namespace) -> str | None:
             f"--batch-size {batch} does not split into {heads} heads, {world} processes and "
             f"{run.accumulate} micro-batches; use a multiple of {parts}"
         )
-    if run.augment in ("mixup", "cutmix") and batch // heads % Streamed.GROUP:
+    parts = math.lcm(heads, world)
+    if run.augment in ("mixup", "cutmix") and batch // parts % Streamed.GROUP:
         return (
-            f"--augment {run.augment} mixes groups of {Streamed.GROUP} samples, but a head has "
-            f"{batch // heads}; make --batch-size / --heads a multiple of {Streamed.GROUP}"
+            f"--augment {run.augment} mixes groups of {Streamed.GROUP} samples, but a head or "
+            f"process has {batch // parts}; use a --batch-size that is a multiple of "
+            f"{Streamed.GROUP * parts}"
         )
     return None
 
@@ -846,16 +826,16 @@ def settle(args: argparse.Namespace, method: str) -> argparse.Namespace:
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Rate of step 1 .. steps: warm-up, cosine to zero; relora warms up again after each merge."""
+    """Rate of step 1 .. steps: warm-up, cosine to zero; after each reset a short warm-up again."""
     # 1) linear warm-up over the first steps
-    rate = args.lr * min(1.0, step / args.warmup) if args.warmup else args.lr
+    rate = args.lr * min(1.0, step / max(1, args.warmup))
     # 2) cosine from the end of the warm-up to zero one step after the last
     progress = max(0, step - args.warmup) / max(1, args.steps + 1 - args.warmup)
-    rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    rate *= 0.5 * (1 + math.cos(math.pi * progress))
     # 3) new factors start with empty moments: let them fill at a small rate
     if args.reset != "none" and step > args.merge_every:
         since = (step - 1) % args.merge_every + 1
-        rate *= min(1.0, since / min(args.warmup + 1, args.merge_every // 4 + 1))
+        rate *= min(1.0, since / (1 + min(args.warmup, args.merge_every // 4)))
     return rate
 
 
@@ -964,7 +944,7 @@ REMEDY = "lower --lr or --lora-alpha, or warm up longer"
 
 
 def check_finite(losses: list[Tensor], step: int, model, args) -> None:
-    """Stop before what is not a number is merged or saved; names step and head.
+    """Stop before what is not a number is tested or saved; names step and head.
 
     Args:
         losses: of the steps up to `step` since the last check, each (heads here).
@@ -992,7 +972,7 @@ def check_finite(losses: list[Tensor], step: int, model, args) -> None:
 
 
 def train(args: argparse.Namespace, data, device: torch.device) -> dict:
-    """One run of one method; writes log.csv, model.pt, result.json and returns the last."""
+    """One run of one method; writes log.csv, model.pt, and result.json, which it returns."""
     forget_peak(device)
     model = make_model(args, data, device)
     optimizer = make_optimizer(args, model)
@@ -1018,10 +998,13 @@ def train(args: argparse.Namespace, data, device: torch.device) -> dict:
             merged = merges.step(step, rate)
 
             # ---- everything below is only reporting and saving ----
-            losses.append(loss)
-            if args.method in UNMERGED and (step % args.eval_every == 0 or step == args.steps):
-                check_finite(losses, step, model, args)
-                losses = []
+            if args.method in UNMERGED:  # a merge looks for itself
+                losses.append(loss)
+                # Before a test, a save (a SIGTERM's comes at a tenth step), and the end.
+                soon = 10, args.eval_every, args.save_every or 10, args.steps
+                if not all(step % n for n in soon):
+                    check_finite(losses, step, model, args)
+                    losses = []
             report.step(step, loss, rate, merged)
             if merges.due(step) or args.method in UNMERGED and step % 10 == 0:
                 stop.agree()
@@ -1029,8 +1012,9 @@ def train(args: argparse.Namespace, data, device: torch.device) -> dict:
     except (lte.ProcessLost, FloatingPointError) as error:
         raise type(error)(f"step {step}: {error}") from error
     finally:
+        # After a loss torchrun's SIGTERM follows, and main has yet to say why: then keep noting it.
         if not isinstance(sys.exception(), lte.ProcessLost):
-            stop.ignore()  # else torchrun's SIGTERM follows, and main has yet to say why
+            stop.let_go()
     return report.finish()
 
 
@@ -1048,7 +1032,7 @@ def merge_steps(args: argparse.Namespace) -> set[int]:
 class Merges:
     """When W takes up what the heads have learnt: after each of merge_steps.
 
-    With --overlap K it does so K steps after that was sent, and the heads go on meanwhile.
+    With --overlap K what is sent then is applied K steps later; the heads go on meanwhile.
     """
 
     def __init__(self, args, model, optimizer):
@@ -1111,13 +1095,13 @@ class Stop:
 
     def notice(self, *_) -> None:
         self.noticed = True
-        self.ignore()
+        self.let_go()
 
-    def ignore(self) -> None:
+    def let_go(self) -> None:
         signal.signal(signal.SIGTERM, self.before)
 
     def agree(self) -> None:
-        """Did any process get the signal? Collective."""
+        """Sets agreed: did any process get the signal? Collective."""
         self.agreed = self.noticed
         if self.args.world > 1:
             asked = torch.tensor(float(self.noticed), device=self.device)
@@ -1133,7 +1117,7 @@ class Checkpoints:
     FLAGS = (
         "method model patch dataset augment heads r lora_alpha init base merge_every merge_warmup "
         "reset wire overlap outer_lr outer_momentum full_batch no_master steps batch_size "
-        "accumulate lr weight_decay warmup clip label_smoothing bf16 seed"
+        "accumulate lr weight_decay warmup clip label_smoothing bf16 seed subspaces"
     )
 
     def __init__(self, args, report, optimizer, merges):
@@ -1159,7 +1143,8 @@ class Checkpoints:
         A process group that torchrun has started again (--max-restarts) needs no asking.
         """
         args, found, restarted = self.args, lte.checkpoints(self.folder), restarts() > 0
-        if not found and (restarted or args.compare or not args.resume):
+        may_begin = args.resume in (None, "auto") or args.compare or args.study or restarted
+        if not found and may_begin:
             self.report.start_log(0)
             return 0
         if found and not (args.resume or restarted):
@@ -1213,9 +1198,9 @@ class Report:
     def say_costs(self, merges) -> None:
         """What this process will hold, beside data parallel AdamW."""
         cost = lte.cost_report(self.model, merges.optimizer, outer_optimizer=merges.outer)
-        held = {kind: f"{n / 1e6:.1f} {kind}" for kind, n in cost["held"].items() if n}
-        total, dense = held.pop("all").split()[0], cost["held_dense"]["all"] / 1e6
-        self.say(f"held by a process: {total} MB = {' + '.join(held.values())}")
+        held, dense = cost["held"], cost["held_dense"]["all"] / 1e6
+        kinds = [f"{n / 1e6:.1f} {kind}" for kind, n in held.items() if n and kind != "all"]
+        self.say(f"held by a process: {held['all'] / 1e6:.1f} MB = {' + '.join(kinds)}")
         self.say(f"held by data parallel AdamW: {dense:.1f} MB; activations come on top of both")
 
     def start_log(self, step: int) -> None:
@@ -1300,7 +1285,7 @@ class Report:
         }
 
     def train_loss(self) -> float:
-        """Mean since the last test over the heads of this process."""
+        """Mean since the last test over the heads of this process; log.csv has process 0's."""
         return torch.stack(self.losses).mean().item()
 
     def seconds(self) -> float:
@@ -1376,11 +1361,9 @@ def forget_peak(device: torch.device) -> None:
     """From here on peak_memory counts anew, where the system lets it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif os.access("/proc/self/clear_refs", os.W_OK):
-        try:
+    else:
+        with suppress(OSError):  # not Linux, or a container forbids it: then the whole process's
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:  # a container may forbid it: then it is the whole process's
-            pass
 
 
 def peak_memory(device: torch.device) -> int:
@@ -1434,15 +1417,14 @@ class Benched:
     def __init__(self, args, row, variant, device):
         width, attn_heads, tokens, heads, r, images = row
         method = "dense" if variant == "dense" else "lte"
-        self.args = argparse.Namespace(**vars(args))
-        self.args.__dict__ |= dict(method=method, heads=heads, r=r, accumulate=1, world=1)
-        self.args.lr = 1e-5  # activations stay what they are
+        own = dict(method=method, heads=heads, r=r, accumulate=1, world=1)
+        own |= dict(lr=1e-5)  # activations stay what they are
+        self.args = argparse.Namespace(**vars(args) | own)
         torch.manual_seed(0)
         self.model = Blocks(width, attn_heads).to(device)
         if method == "lte":
             options = dict(heads=heads, r=r, lora_alpha=8 * r, base=args.base)
             self.model = lte.convert(self.model, **options)
-        self.model.train()
         self.optimizer = make_optimizer(self.args, self.model)
         # A block inside a network has to return a gradient: so do these.
         self.x = torch.randn(heads * images, tokens, width, device=device, requires_grad=True)
@@ -1635,16 +1617,16 @@ def start(args: argparse.Namespace) -> torch.device:
         backend, wait = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=args.timeout)
         with lte.collective("meeting the other processes"):
             store, rank, world = next(dist.rendezvous("env://", timeout=wait))
-            # torchrun's store outlives a restart: addresses of the last attempt must not be read.
-            store = dist.PrefixStore(f"attempt {restarts()}", store)
-            dist.init_process_group(
-                backend, store=store, rank=rank, world_size=world, timeout=wait
-            )
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                # It outlives a restart: addresses of the last attempt must not be read.
+                store = dist.PrefixStore(f"attempt {restarts()}", store)
+            group = dict(store=store, rank=rank, world_size=world, timeout=wait)
+            dist.init_process_group(backend, **group)
     return device
 
 
 def restarts() -> int:
-    """How often torchrun (--max-restarts) has started this group of processes again."""
+    """How often torchrun (--max-restarts) has started this machine's processes again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
@@ -1653,33 +1635,26 @@ def eval_only(args, data, device) -> None:
     model = new_model(args, data, device)
     try:
         model.load_state_dict(torch.load(args.eval_only, map_location=device, weights_only=True))
-    except (
-        OSError,
-        EOFError,
-        RuntimeError,
-        TypeError,
-        AttributeError,
-        pickle.UnpicklingError,
-    ) as error:
+    except Exception as error:  # what torch.load raises depends on what is in the file
+        reason = (str(error) or type(error).__name__).splitlines()[-1].strip()
         raise ValueError(
-            f"{args.eval_only} is not a model.pt of {args.model} on {args.dataset} "
-            f"({str(error).splitlines()[-1].strip()}); give the --model, --patch and --dataset "
-            "it was trained with"
+            f"{args.eval_only} is not a model.pt of {args.model} on {args.dataset} ({reason}); "
+            "give the --model, --patch and --dataset it was trained with"
         ) from error
     accuracy, loss = evaluate(model, data, args, device)
     if args.rank == 0:
         print(f"test_accuracy: {accuracy}\ntest_loss: {loss}")
 
 
-def print_table(results: list[dict]) -> None:
-    print("\n| method | test accuracy | test loss | bytes a step | images/s | seconds |")
-    print("|---|--:|--:|--:|--:|--:|")
-    for r in results:
-        sent = f"{r['bytes_sent_per_step']:,}" if r["method"] not in ONE_PROCESS else "one process"
-        print(
-            f"| {r['method']} | {100 * r['test_accuracy']:.2f} % | {r['test_loss']:.4f} "
-            f"| {sent} | {r['images_per_second']:.0f} | {r['seconds']:.0f} |"
-        )
+def print_table(results: dict[str, dict], columns: dict[str, str]) -> None:
+    """A row for each run's result; columns: which of its keys to add, and how each is written."""
+    print(f"\n| | test accuracy | test loss | bytes a step | {' | '.join(columns)} |")
+    print("|---" + "|--:" * (3 + len(columns)) + "|")
+    for name, r in results.items():
+        sent = "one process" if r["method"] in ONE_PROCESS else f"{r['bytes_sent_per_step']:,}"
+        more = " | ".join(f"{r[key]:{form}}" for key, form in columns.items())
+        accuracy = f"{100 * r['test_accuracy']:.2f} %"
+        print(f"| {name} | {accuracy} | {r['test_loss']:.4f} | {sent} | {more} |")
 
 
 def draw_plot(folders: dict[str, Path], file: Path) -> None:
@@ -1739,32 +1714,23 @@ def draw_bench(table: dict[str, dict], file: Path) -> None:
     plt.close(figure)
 
 
-def study(args, device: torch.device) -> dict[str, argparse.Namespace]:
-    """Trains what STUDIES[args.study] lists, one after the other; prints a table; returns the runs.
+def all_runs(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
+    """What to train, one after the other: a method, those of --compare, or the rows of a study.
 
-    What was given beside --study holds for all of them.
+    What was given beside --study holds for all of its rows.
     """
-    question, common, rows = STUDIES[args.study]
-    runs = {}
-    for label, flags in rows.items():
-        one = parse_args(f"--subspaces {common} {flags}".split() + args.argv)
-        one = settle(one, one.method)
+    runs = {method: settle(args, method) for method in args.compare or [args.method]}
+    if args.study:
+        runs, (_, common, rows) = {}, STUDIES[args.study]
+        for name, flags in rows.items():
+            one = parse_args(f"--subspaces {common} {flags}".split() + args.argv)
+            runs[name] = settle(one, one.method)
+    for name, one in runs.items():
         if error := layout_error(one):
-            raise ValueError(f"{label}: {error}")
-        one.out = str(Path(args.out) / args.study / re.sub(r"[^\w.-]+", "_", label))
-        runs[label] = one
-    results = {}
-    for label, one in runs.items():
-        results[label] = train(one, load_for(one, device, one.download), device)
-    print(f"\n{question}\n")
-    print("| | test accuracy | test loss | bytes a step | cosine | Grassmann | effective rank |")
-    print("|---|--:|--:|--:|--:|--:|--:|")
-    for label, r in results.items():
-        sent = f"{r['bytes_sent_per_step']:,}" if r["method"] not in ONE_PROCESS else "one process"
-        print(
-            f"| {label} | {100 * r['test_accuracy']:.2f} % | {r['test_loss']:.4f} | {sent} "
-            f"| {r['cosine']:.3f} | {r['grassmann']:.3f} | {r['effective_rank']:.1f} |"
-        )
+            raise ValueError(f"{name}: {error}" if args.study else error)
+        if args.study or args.compare:
+            folder = re.sub(r"[^\w.-]+", "_", name)
+            one.out = str(Path(args.out, args.study or "", folder))
     return runs
 
 
@@ -1776,42 +1742,43 @@ def load_for(args, device: torch.device, download: bool):
 
 def run(args: argparse.Namespace) -> None:
     device = start(args)
-    own = ("rank", "data", "out", "download", "argv")  # may differ from process to process
+    own = ("rank", "data", "out", "argv")  # may differ from process to process
     lte.agree(**{f"--{k.replace('_', '-')}": v for k, v in vars(args).items() if k not in own})
-    if args.study:
-        runs = study(args, device)
-        return draw_plots(args, runs) if args.plot else None
-    for method in args.compare or [args.method]:  # now that all processes would say the same
-        if error := layout_error(settle(args, method)):
-            raise ValueError(error)
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    runs = all_runs(args)  # refuses now that all processes would say the same
     # What is fetched, or unpacked when first opened, one process a machine opens before the rest.
-    in_turn = args.world > 1 and (args.download or args.dataset == "imagenet")
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    in_turn = args.download or args.dataset == "imagenet"
+    opening = "opening the data (where that takes longer, give a larger --timeout)"
     if in_turn and not first:
-        dist.barrier()
-    data = load_for(args, device, args.download and first)
+        lte.barrier(opening)
+    data = None if args.study else load_for(args, device, args.download and first)
     if in_turn and first:
-        dist.barrier()
+        lte.barrier(opening)
     if args.eval_only:
         return eval_only(args, data, device)
     if args.bench or args.plan:
-        one = settle(args, "lte")
-        if args.bench:
-            bench(one, device)
-            share = waiting(one, data, device)
-            print(f"\n{100 * share:.1f} % of {one.model}'s time on {one.dataset} waits for data")
-        return print_plan(one, data, device) if args.plan else None
-    runs = {args.method: settle(args, args.method)}
-    if args.compare:
-        runs = {method: settle(args, method) for method in args.compare}
-        for method, one in runs.items():
-            one.out = str(Path(args.out) / method)
-    results = [train(one, data, device) for one in runs.values()]
+        return count_costs(settle(args, "lte"), data, device)
+    results = {}
+    for name, one in runs.items():  # the rows of a study may differ in their data
+        results[name] = train(one, data or load_for(one, device, one.download), device)
     if args.rank == 0:
-        if args.compare:
-            print_table(results)
+        if args.study:
+            print(f"\n{STUDIES[args.study][0]}")
+            print_table(results, dict(cosine=".3f", grassmann=".3f", effective_rank=".1f"))
+        elif args.compare:
+            print_table(results, dict(images_per_second=".0f", seconds=".0f"))
         if args.plot:
             draw_plots(args, runs)
+
+
+def count_costs(args, data, device: torch.device) -> None:
+    """--bench, then --plan: what is measured, and what is counted on paper."""
+    if args.bench:
+        bench(args, device)
+        share = waiting(args, data, device)
+        print(f"\n{100 * share:.1f} % of {args.model}'s time on {args.dataset} waits for data")
+    if args.plan:
+        print_plan(args, data, device)
 
 
 def draw_plots(args, runs: dict[str, argparse.Namespace]) -> None:

@@ -1053,13 +1053,36 @@ def test_attention_over_one_unbatched_sequence_is_refused():
         (dict(dropout=0.1), "build it without them"),
         (dict(add_bias_kv=True), "build it without them"),
         (dict(add_zero_attn=True), "build it without them"),
-        (dict(batch_first=False), "build the model with batch_first=True"),  # heads split the batch
     ],
 )
 def test_attention_that_cannot_be_converted_is_refused_by_name(options, remedy):
     model = nn.Sequential(nn.Linear(2, 2), nn.ModuleDict({"attend": attention(**options)}))
     with pytest.raises(ValueError, match=f"1.attend: attention with .* {remedy}"):
         convert(model)
+
+
+@pytest.mark.parametrize("module", [attention(batch_first=False), nn.LSTM(2, 2), nn.GRU(2, 2)])
+def test_what_has_time_first_is_refused_since_heads_would_split_it(module):
+    sentence = f"1: {type(module).__name__} with batch_first=False.* build it with batch_first=True"
+    with pytest.raises(ValueError, match=sentence):
+        convert(nn.Sequential(nn.Linear(2, 2), module))
+
+
+def test_a_mask_of_minus_infinity_is_kept_and_stops_no_merge():
+    class Mask(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", torch.full((IN, IN), -math.inf).triu(1).double())
+
+        def forward(self, x):
+            return (x.unsqueeze(1) + self.mask).softmax(-1).mean(1)
+
+    plain = nn.Sequential(Mask(), *net())
+    model = convert(copy.deepcopy(plain))
+    lte.merge(learn(model))
+    same(lte.merged_state_dict(model)["0.mask"], plain[0].mask)
+    plain.load_state_dict(lte.merged_state_dict(model))
+    close(model.eval()(batch()[0]), plain(batch()[0]))
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
@@ -2541,6 +2564,9 @@ def test_the_loss_is_the_sum_over_heads_of_each_heads_mean():
     close(lte.head_loss(losses, convert(net(), parallel=False)), losses.mean())
     with pytest.raises(ValueError, match="10 samples does not split over 3 heads"):
         lte.head_loss(losses[:10], convert(net()))
+    for parallel in (True, False):
+        with pytest.raises(ValueError, match="reduction='none'"):
+            lte.head_loss(losses.mean(), convert(net(), parallel=parallel))
 
 
 @pytest.mark.parametrize("clip", [False, True])
@@ -2574,9 +2600,25 @@ def test_clipping_leaves_small_gradients_as_they_are():
 
 def test_clipping_looks_at_what_heads_learn_only():
     model = convert(net(), skip=["0"])
-    assert not lte.clip_grad_norm_(model, 1.0).any()  # no gradients yet
+    gradients(model, 0 * loss(model, *batch()))
     model[0].weight.grad = torch.ones_like(model[0].weight)  # left over from a life before
     assert not lte.clip_grad_norm_(model, 1.0).any() and model[0].weight.grad.all()
+
+
+def test_a_module_that_reads_anothers_weight_learns_nothing_and_clipping_says_so():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.called, self.read = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return F.linear(self.called(x), self.read.weight)
+
+    model = convert(Reads())
+    model(torch.randn(N, 4)).sum().backward()
+    names = "read.lora_A, read.lora_B, read.bias_copies.heads"
+    with pytest.warns(UserWarning, match=f"no gradient for {names}: "):
+        lte.clip_grad_norm_(model, 1.0)
 
 
 def test_multi_head_lora_is_clipped_as_one_model():
@@ -2797,6 +2839,36 @@ def test_a_plain_model_is_saved_and_loaded_too(tmp_path, world):
     run = a_plain_run(weights=1)
     assert lte.load(tmp_path, *run) == {"step": 3}
     same(go_on_plain(run, 4), go_on_plain(a_plain_run(), 1))
+
+
+def save_with_empty_parts(folder):
+    """Process 2 of 3 has no row of a tensor of up to 128 weights, and nothing of it to save."""
+    model, optimizer, _ = a_run(heads=3)
+    outer = torch.optim.Adagrad(lte.outer_parameters(model), 0.1)
+    lte.merge(learn(model), outer_optimizer=outer)
+    lte.save(folder, model, optimizer, outer, step=1)
+    return lte.merged_state_dict(learn(model))
+
+
+def test_a_process_without_a_part_of_some_tensor_saves_too(tmp_path):
+    ends = on_processes(3, save_with_empty_parts, tmp_path)
+    model, optimizer, _ = a_run(heads=3)
+    outer = torch.optim.Adagrad(lte.outer_parameters(model), 0.1)
+    assert lte.load(tmp_path, model, optimizer, outer) == {"step": 1}
+    same(lte.merged_state_dict(model), ends[0])
+
+
+def test_a_schedule_may_begin_after_a_checkpoint(tmp_path):
+    """It gives the optimizer's groups an entry that the saved ones lack."""
+    (saved, loaded), rates = (a_run()[:2], a_run()[:2]), []
+    lte.save(tmp_path, *saved, step=3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(loaded[1], lambda k: 1 / (1 + k))
+    lte.load(tmp_path, *loaded)
+    for _ in range(2):
+        step(*loaded, torch.randn(4 * B, 6), torch.zeros(4 * B, dtype=torch.long))
+        schedule.step()
+        rates.append(loaded[1].param_groups[0]["lr"])
+    assert rates == pytest.approx([0.01 / 2, 0.01 / 3])
 
 
 @pytest.mark.parametrize("base", ["fp32", "int8"])
@@ -3510,13 +3582,14 @@ def test_what_has_no_value_is_nan():
 
 def report_of_layout():
     torch.manual_seed(0)
-    layers = nn.Linear(10, 33), nn.Linear(33, 3)
-    model = learn_apart(lte.convert(nn.Sequential(*layers), heads=4, r=3, lora_alpha=8))
+    layers, options = (nn.Linear(10, 33), nn.Linear(33, 3)), dict(heads=4, r=3, lora_alpha=8)
+    model = learn_apart(lte.convert(nn.Sequential(*layers), base="int8", **options))
+    lte.merged_state_dict(model)
     return lte.subspace_report(model), lte.layout_of(model).bytes_sent
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_the_subspace_report_is_the_same_on_every_layout_and_counts_as_nothing_sent(world):
+def test_the_subspace_report_is_the_same_on_every_layout_and_only_merges_count_as_sent(world):
     expected, _ = report_of_layout()
     assert on_processes(world, report_of_layout) == [(expected, 0)] * world
 

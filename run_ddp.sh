@@ -7,7 +7,7 @@
 # Several machines: the same line on each, with its own NODE_RANK; MASTER_ADDR is machine 0.
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=192.168.0.10 ./run_ddp.sh ...           (MASTER_PORT=29500)
 # Or without ranks: they meet at RDZV, one of them; with 1:4, one to four may take part.
-#   NNODES=1:4 RDZV=192.168.0.10:29500 MAX_RESTARTS=3 ./run_ddp.sh ...       (RDZV_ID=lte)
+#   NNODES=1:4 RDZV=192.168.0.10:29500 MAX_RESTARTS=3 ./run_ddp.sh --resume auto ...   (RDZV_ID=lte)
 #
 # Emulated hosts (Linux, root): each has a network of its own, sends at most LINK, and each packet
 # DELAY late. One process a host, or NPROC. They reach each other only: download data beforehand.

@@ -4599,26 +4599,12 @@ def wait_for(log, text, launcher, seconds=60):
     return found
 
 
-def test_two_processes_under_torchrun_end_with_the_weights_of_one(tmp_path):
-    """The real command, with quantized weights: bit for bit."""
-    flags, log = small_run(tmp_path, "--base", "nf4"), tmp_path / "log"
-    with torchrun(log, train.__file__, *flags, "--out", tmp_path / "two") as launcher:
-        assert launcher.wait(100) == 0, log.read_text()
-    result = run_train(tmp_path / "one", *flags)
-    assert result["bytes_are"] == "computed for 2 processes"
-    told = json.loads((tmp_path / "two" / "result.json").read_text())
-    assert told["bytes_are"].startswith("counted")
-    assert told["bytes_sent_per_step"] == result["bytes_sent_per_step"] > 0
-    one, two = (torch.load(tmp_path / name / "model.pt") for name in ("one", "two"))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-
-
 LOST = r"train.py: step \d+: .*another process has ended or hangs; go on from the last checkpoint"
 
 
 def test_after_the_kill_of_a_process_torchrun_starts_again_and_nothing_is_lost(tmp_path):
-    """kill -9; the other says so, and the last model is bit for bit that of a run on one."""
-    flags, log = small_run(tmp_path), tmp_path / "log"
+    """kill -9; the other says so, and the end is bit for bit that of a run on one process."""
+    flags, log = small_run(tmp_path, "--base", "nf4"), tmp_path / "log"
     arguments = ("--max-restarts", 1, train.__file__, *flags, "--save-every", 4)
     with torchrun(log, *arguments, "--out", tmp_path / "two") as launcher:
         wait_for(log, "step 4  saved", launcher)
@@ -4626,9 +4612,14 @@ def test_after_the_kill_of_a_process_torchrun_starts_again_and_nothing_is_lost(t
         wait_for(log, LOST, launcher)
         wait_for(log, r"step \d+  goes on from", launcher)
         assert launcher.wait(60) == 0
-    run_train(tmp_path / "one", *flags)
+    alone = run_train(tmp_path / "one", *flags)
     one, two = (torch.load(tmp_path / name / "model.pt") for name in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+    told = json.loads((tmp_path / "two" / "result.json").read_text())
+    assert told["bytes_sent_per_step"] == alone["bytes_sent_per_step"] > 0
+    assert (told["bytes_are"], alone["bytes_are"]) == tuple(
+        f"{how} for 2 processes" for how in ("counted", "computed")
+    )
 
 
 def test_of_a_process_that_hangs_the_others_say_so_after_the_timeout(tmp_path):

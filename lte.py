@@ -1468,7 +1468,7 @@ def clip_grad_norm_(model, max_norm):
     layout, trained = layout_of(model), [x for x in model.named_parameters() if x[1].requires_grad]
     if silent := [name for name, p in trained if p.grad is None]:
         warnings.warn(f"no gradient for {', '.join(silent)}: a module was not called, or another "
-                      "one reads its weight, which is frozen", stacklevel=2)
+                      "one reads its weight, which is frozen", stacklevel=3)
     learning = [p for _, p in trained if p.grad is not None]
     if not layout.parallel:
         return nn.utils.clip_grad_norm_(learning, max_norm).expand(layout.heads)

@@ -1451,8 +1451,7 @@ def head_loss(losses, model):
     """
     layout = layout_of(model)
     if not losses.dim():
-        raise ValueError("head_loss takes the loss of each sample, not their mean; give the loss "
-                         "function reduction='none'")
+        raise ValueError("head_loss needs each sample's loss, not their mean; use reduction='none'")
     if not layout.parallel:
         return losses.mean()
     return layout.split(losses).flatten(1).mean(1).sum()
@@ -1467,8 +1466,11 @@ def clip_grad_norm_(model, max_norm):
     """
     layout, trained = layout_of(model), [x for x in model.named_parameters() if x[1].requires_grad]
     if silent := [name for name, p in trained if p.grad is None]:
-        warnings.warn(f"no gradient for {', '.join(silent)}: a module was not called, or another "
-                      "one reads its weight, which is frozen", stacklevel=3)
+        warnings.warn(
+            f"no gradient for {', '.join(silent)}: a module was not called, or another one reads "
+            "its weight, which is frozen",
+            stacklevel=3,
+        )
     learning = [p for _, p in trained if p.grad is not None]
     if not layout.parallel:
         return nn.utils.clip_grad_norm_(learning, max_norm).expand(layout.heads)

@@ -575,6 +575,16 @@ STUDIES = {
         "",
         {name[10:]: f"--preset {name}" for name in PRESETS if name.startswith("cifar1024-")},
     ),
+    "long": (
+        "And four times as long, where rates have to be lower?",
+        "--steps 1000",
+        {
+            "dense": "--preset cifar-dense",
+            "lte-wide": "--preset cifar-lte-wide --lr 6.25e-5",
+            "lte": "--preset cifar-lte --lr 5e-4",
+            "lora": "--preset cifar-lora --lr 5e-4",
+        },
+    ),
     "rank": (
         "What does a head's rank buy? 4 heads.",
         SMALL,

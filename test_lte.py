@@ -3599,10 +3599,13 @@ def test_the_subspace_report_is_the_same_on_every_layout_and_only_merges_count_a
 # ------------------------------------------------------------------------------------------------
 
 
+some_shapes = functools.cache(functools.partial(train.make_shapes, 129, "test"))
+
+
 @pytest.fixture
 def small(monkeypatch):
     """train.py on 96 training and 33 test images of the shapes, so that a run takes a second."""
-    x, y = train.make_shapes(129, "test")
+    x, y = some_shapes()
     options = dict(seed=0, device=torch.device("cpu"), augment="crop-flip")
 
     def load_data(*_, batch_size, seed=0, **__):
@@ -3979,8 +3982,8 @@ def test_each_row_of_a_study_has_its_own_data(tiny, tmp_path, monkeypatch):
 
 def test_a_study_really_trains_and_draws(tiny, tmp_path):
     pytest.importorskip("matplotlib")
-    train.main(["--study", "distance", "--steps", "4", "--batch-size", "16", "--plot",
-                "--out", str(tmp_path)])  # fmt: skip
+    flags = "--study distance --steps 4 --eval-every 2 --batch-size 16 --plot --out".split()
+    train.main([*flags, str(tmp_path)])
     assert {file.name for file in tmp_path.glob("*.png")} == {"plot.png", "heads.png"}
 
 
@@ -4346,7 +4349,8 @@ def test_a_comparison_goes_on_with_every_method_where_it_was(tiny, tmp_path, mon
 
 def test_a_study_goes_on_with_every_row_where_it_was(tiny, tmp_path, monkeypatch):
     """Killed in the first row: the others have not begun."""
-    flags = ["--study", "distance", *CUT, "--batch-size", "16", "--out", str(tmp_path)]
+    flags = ["--study", "distance", *CUT, "--batch-size", "16", "--eval-every", "5"]
+    flags += ["--out", str(tmp_path)]
     with monkeypatch.context() as patched, pytest.raises(Died):
         before_step(patched, 4, die)
         train.main(flags)
@@ -4604,7 +4608,7 @@ LOST = r"train.py: step \d+: .*another process has ended or hangs; go on from th
 
 def test_after_the_kill_of_a_process_torchrun_starts_again_and_nothing_is_lost(tmp_path):
     """kill -9; the other says so, and the end is bit for bit that of a run on one process."""
-    flags, log = small_run(tmp_path, "--base", "nf4"), tmp_path / "log"
+    flags, log = small_run(tmp_path), tmp_path / "log"
     arguments = ("--max-restarts", 1, train.__file__, *flags, "--save-every", 4)
     with torchrun(log, *arguments, "--out", tmp_path / "two") as launcher:
         wait_for(log, "step 4  saved", launcher)

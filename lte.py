@@ -348,7 +348,7 @@ class Merged(nn.Module):
         return [slice(k, min(k + PIECE, count)) for k in range(0, count, PIECE)]
 
     def share(self, piece, P=None):
-        """Rows of a piece that one of P processes keeps; the last ones get fewer, or none."""
+        """Rows of a piece that one of P processes keeps (P: those running); the last get fewer."""
         return math.ceil((piece.stop - piece.start) / (P or self.layout.world))
 
     def part(self, piece):
@@ -1464,14 +1464,15 @@ def clip_grad_norm_(model, max_norm):
     Head by head, so that a head's step does not depend on its neighbours. For multi-head LoRA the
     heads are one model with one norm. Warns where something that should learn has no gradient.
     """
-    layout, trained = layout_of(model), [x for x in model.named_parameters() if x[1].requires_grad]
-    if silent := [name for name, p in trained if p.grad is None]:
+    layout = layout_of(model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if silent := [name for name, p in trained.items() if p.grad is None]:
         warnings.warn(
             f"no gradient for {', '.join(silent)}: a module was not called, or another one reads "
             "its weight, which is frozen",
             stacklevel=3,
         )
-    learning = [p for _, p in trained if p.grad is not None]
+    learning = [p for p in trained.values() if p.grad is not None]
     if not layout.parallel:
         return nn.utils.clip_grad_norm_(learning, max_norm).expand(layout.heads)
     grads, norms = [p.grad for p in learning], []

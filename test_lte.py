@@ -4171,16 +4171,22 @@ def test_a_SIGTERM_ends_a_run_after_its_next_merge_saved(
     same_end(out, whole)
 
 
-def stop_on_two(out, *flags):
-    """A run of two processes in which process 1 alone gets a SIGTERM; this one's exit code."""
-    rank, _ = lte.processes()
+@contextlib.contextmanager
+def one_of_two():
+    """train.main takes this process for one of torchrun's two."""
     with pytest.MonkeyPatch.context() as patched:
         make_tiny(patched)
         patched.setenv("WORLD_SIZE", "2")
-        patched.setenv("RANK", str(rank))
+        patched.setenv("RANK", str(lte.processes()[0]))
         patched.setattr(train, "start", lambda args: torch.device("cpu"))
         patched.setattr(dist, "destroy_process_group", lambda: None)
-        before_step(patched, 4, terminate if rank else int)
+        yield patched
+
+
+def stop_on_two(out, *flags):
+    """A run of two processes in which process 1 alone gets a SIGTERM; this one's exit code."""
+    with one_of_two() as patched:
+        before_step(patched, 4, terminate if lte.processes()[0] else int)
         with pytest.raises(SystemExit) as ended:
             run_train(out, *flags)
         return ended.value.code
@@ -4194,6 +4200,21 @@ def test_a_SIGTERM_to_one_process_stops_all_and_one_alone_can_go_on(tiny, tmp_pa
     assert steps_in(stopped / "checkpoints") == [8]
     run_train(stopped, *flags, "--resume")
     same(*(torch.load(folder / "model.pt") for folder in (stopped, whole)))
+
+
+def run_on_two(out, *flags):
+    with one_of_two():
+        train.main(["--batch-size", "16", "--out", str(out), *map(str, flags)])
+
+
+def test_a_run_begun_alone_and_ended_by_two_says_that_one_sent_nothing(tiny, tmp_path):
+    flags = [*SHORT, "--save-every", 4]
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(SystemExit):
+        before_step(patched, 4, terminate)
+        run_train(tmp_path, *flags)
+    on_processes(2, run_on_two, tmp_path, *flags, "--resume")
+    told = json.loads((tmp_path / "result.json").read_text())
+    assert told["bytes_are"] == "counted for 2 processes, over steps that 1 and 2 took"
 
 
 def test_the_second_SIGTERM_kills(tiny, tmp_path, monkeypatch):

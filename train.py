@@ -1188,6 +1188,7 @@ class Report:
         self.model = getattr(model, "module", model)  # without DistributedDataParallel around it
         self.out, self.next_test = Path(args.out), args.eval_every
         self.accuracy = self.test_loss = math.nan
+        self.worlds = {args.world}  # numbers of processes that have trained this run
         if args.method == "dense":
             self.parameters, owners = sum(p.numel() for p in model.parameters()), "all dense"
         else:
@@ -1230,11 +1231,13 @@ class Report:
         """What a checkpoint keeps of it."""
         kept = {name: getattr(self, name) for name in self.KEPT.split()}
         losses = [loss.item() for loss in self.losses]
-        return kept | dict(losses=losses, elapsed=time.perf_counter() - self.started)
+        kept |= dict(losses=losses, elapsed=time.perf_counter() - self.started)
+        return kept | dict(worlds=sorted(self.worlds))
 
     def restore(self, step: int, state: dict) -> None:
         for name in self.KEPT.split():
             setattr(self, name, state[name])
+        self.worlds |= set(state["worlds"])
         self.losses = [torch.tensor(loss, device=self.device) for loss in state["losses"]]
         self.started = time.perf_counter() - state["elapsed"]
         self.start_log(step)
@@ -1332,13 +1335,16 @@ class Report:
         result |= dict(test_accuracy=accuracy, test_loss=loss)
         if args.base != "fp32" and not dense:
             result["test_accuracy_forward"] = self.accuracy
-        counted = args.world > 1 and not dense
+        counted = "counted" if args.world > 1 and not dense else "computed"
+        bytes_are = f"{counted} for {self.workers} processes"
+        if counted == "counted" and len(self.worlds) > 1:  # one alone, say, has sent nothing
+            bytes_are += f", over steps that {' and '.join(map(str, sorted(self.worlds)))} took"
         result |= dict(
             images_per_second=round(args.steps * args.batch_size / seconds, 1),
             seconds_per_step=self.seconds_per_step(),
             bytes_sent_per_step=round(sent / args.steps),
             dense_bytes_per_step=round(self.dense_bytes),
-            bytes_are=f"{'counted' if counted else 'computed'} for {self.workers} processes",
+            bytes_are=bytes_are,
             peak_memory_bytes=peak,
             processes=args.world,
             seconds=round(seconds, 1),

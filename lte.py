@@ -1806,11 +1806,15 @@ def barrier(what):
 
 
 @torch.no_grad()
-def merged_state_dict(model):
+def merged_state_dict(model, exact=True):
     """The merged model under the plain model's names, from the exact master. Collective.
 
     Loads strictly into the model as it was before convert. What heads learnt since the last merge
     is not in it: merge first.
+
+    Args:
+        exact: False: W as the forward pass sees it, rounded where the base rounds. Heads learnt
+            beside the rounding, which in 4 bits tests better than what it was rounded from.
     """
     layout, tensors = layout_of(model), {}
     check_idle(layout, "export")
@@ -1819,7 +1823,7 @@ def merged_state_dict(model):
             tensors[name] = tensor.detach().clone()
     for m in model.modules():
         if isinstance(m, Merged):
-            tensors[m.plain] = m.exact()
+            tensors[m.plain] = m.exact() if exact else m.dense().clone()
         elif isinstance(m, PerHead):  # whole-number buffers: equal for all heads
             tensors |= {m.prefix + n: b[0].clone() for n, b in m.named_buffers(recurse=False)}
     return {name: tensors[name] for name in layout.names}

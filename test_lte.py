@@ -1297,6 +1297,19 @@ def test_pretrained_weights_lead_back_bit_for_bit(base):
     same(exported, before)
 
 
+@pytest.mark.parametrize("base", lte.BASES)
+def test_a_plain_model_with_the_rounded_W_computes_what_heads_do_right_after_a_merge(base):
+    model, (x, _) = seasoned(net(), base=base), batch()
+    lte.merge(model)
+    exported = lte.merged_state_dict(model, exact=False)
+    before, plain = model(x).clone(), net()
+    plain.load_state_dict(exported)
+    close(plain(x), before)
+    for tensor in exported.values():  # its own: the model does not notice what becomes of it
+        tensor.zero_()
+    same(model(x), before)
+
+
 def test_a_dense_weight_is_let_go_when_its_layer_is_made(monkeypatch):
     model = nn.Sequential(*(nn.Linear(IN, IN) for _ in range(4)))
     weights, alive, build = [weakref.ref(layer.weight) for layer in model], [], lte.build
@@ -3901,6 +3914,21 @@ def test_without_a_master_what_is_exported_is_the_rounded_W(tiny, tmp_path):
     torch.testing.assert_close(weight, again, rtol=1e-6, atol=0)
 
 
+def test_the_rounded_W_can_be_exported_instead_and_is_what_heads_learn_with(tiny, tmp_path):
+    flags, results = ("--steps", 4, "--base", "nf4"), {}
+    for export in ("exact", "forward"):
+        results[export] = run_train(tmp_path / export, *flags, "--export", export)
+    exact, rounded = (torch.load(tmp_path / export / "model.pt") for export in results)
+    name = "blocks.0.mlp.0.weight"
+    expected = lte.decode(lte.encode(exact[name].view(-1, 64), "nf4"), "nf4", torch.float32)
+    same(rounded[name], expected.view_as(rounded[name]))
+    changed = [n for n in exact if not torch.equal(exact[n], rounded[n])]
+    assert changed and not any(re.search("norm|bias|token|position", n) for n in changed)
+    result = results["forward"]
+    assert result["test_accuracy"] == result["test_accuracy_forward"]
+    assert result["test_accuracy_forward"] == results["exact"]["test_accuracy_forward"]
+
+
 @pytest.mark.parametrize("method", ["lte", "mhlora", "localsgd", "dense"])
 def test_how_far_heads_are_apart_is_logged_when_asked_for(tiny, tmp_path, method):
     flags = ("--steps", 4, "--eval-every", 2, "--r", 4, "--method", method, "--subspaces")
@@ -4429,8 +4457,8 @@ def saved_run(tmp_path_factory):
 
 def test_every_flag_that_changes_what_is_learnt_is_compared():
     flags = {action.dest for action in train.make_parser()._actions}
-    free = "help data download compile out eval_every eval_only compare plot save_every resume "
-    free += "timeout preset study bench plan"
+    free = "help data download compile out export eval_every eval_only compare plot save_every "
+    free += "resume timeout preset study bench plan"
     assert flags - set(train.Checkpoints.FLAGS.split()) == set(free.split())
 
 

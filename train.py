@@ -705,6 +705,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of weights, order and augmentation (0)")
     add = parser.add_argument_group("what comes out").add_argument
     add("--out", default="out", metavar="DIR", help="log.csv, model.pt, result.json go here (out)")
+    add(
+        "--export",
+        choices=("exact", "forward"),
+        default="exact",
+        help="model.pt holds the exact W, or forward: as --base rounds it, as heads learn with it",
+    )
     add("--eval-every", type=int, help="steps between tests (a tenth of all)")
     add("--eval-only", metavar="FILE", help="test this model.pt and stop")
     add("--compare", nargs="+", choices=METHODS, help="train with each of these, one table")
@@ -1324,7 +1330,8 @@ class Report:
         """Export, test what was exported, write model.pt and result.json (aside, then renamed)."""
         args, seconds, sent = self.args, self.seconds(), self.bytes_sent(self.args.steps)
         dense, peak = args.method == "dense", peak_memory(self.device)  # before the export
-        weights = self.model.state_dict() if dense else lte.merged_state_dict(self.model)
+        exact = args.export == "exact"
+        weights = self.model.state_dict() if dense else lte.merged_state_dict(self.model, exact)
         plain = new_model(args, self.data, self.device)
         plain.load_state_dict(weights)
         accuracy, loss = evaluate(plain, self.data, args, self.device)

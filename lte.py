@@ -265,6 +265,7 @@ def factor_update(A, B, merged_A, merged_B):
 # ------------------------------------------------------------------------------------------------
 
 BASES = ("fp32", "bf16", "int8", "nf4", "fp4")
+QUANTIZED = BASES[2:]  # by bitsandbytes
 BLOCK = 64  # weights a row; a row carries its own scale, so that any slice of rows stands alone
 PIECE = 4096  # rows: a merge forms, sends and adds a tensor by pieces of so many, whatever P is
 
@@ -275,7 +276,7 @@ def bitsandbytes():
         import bitsandbytes.functional as bnb
     except ImportError as error:
         raise ImportError(
-            "base int8, nf4 and fp4 need the package bitsandbytes: pip install bitsandbytes"
+            "int8, nf4 and fp4 need the package bitsandbytes: pip install bitsandbytes"
         ) from error
     return bnb
 
@@ -965,7 +966,7 @@ def check_options(*, r, lora_alpha, base, init, bare="error"):
     ):
         if value not in known:
             raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(known)}")
-    if base in ("int8", "nf4", "fp4"):
+    if base in QUANTIZED:
         bitsandbytes()
 
 
@@ -1147,7 +1148,6 @@ def layout_of(model):
 # ------------------------------------------------------------------------------------------------
 
 BUCKET = 32 * 2**20  # bytes; half of it are deltas that are sent at a time
-WIRES = {"fp32": None, "bf16": torch.bfloat16}  # what deltas travel as; None: as they are
 
 
 @torch.no_grad()
@@ -1167,7 +1167,8 @@ def merge(model, *, optimizer=None, reset="none", decay=1.0, wire="fp32", outer_
             count too: old counts with new moments would make the next update too large).
         reset: "none": factors and their optimizer state go on. "B": B <- 0. "AB": and a new A.
         decay: factor on W of low-rank layers, the product of (1 - rate_t wd) since the last merge.
-        wire: "bf16" sends deltas at half the bytes, rounded to 8 bits; "fp32" as they are.
+        wire: what each process rounds its sum of deltas to before it is sent, one of BASES. The
+            rounding is not made good later: the master is the sum of what was sent.
         outer_optimizer: over outer_parameters(model). It steps with minus the mean as gradient,
             instead of W <- W + mean, which is SGD's step at rate 1.
         async_op: return a MergeWork at once. Heads may go on learning until its wait(), which
@@ -1181,8 +1182,10 @@ def merge(model, *, optimizer=None, reset="none", decay=1.0, wire="fp32", outer_
     layout, tensors = layout_of(model), merged_tensors(model)
     check_idle(layout, "merge")
     check_reset(tensors, reset, optimizer)
-    if wire not in WIRES:
-        raise ValueError(f"wire={wire!r} is not known; choose one of {', '.join(WIRES)}")
+    if wire not in BASES:
+        raise ValueError(f"wire={wire!r} is not known; choose one of {', '.join(BASES)}")
+    if wire in QUANTIZED:
+        bitsandbytes()
     if async_op and reset != "none":
         raise ValueError(
             f"reset={reset!r} with async_op=True would drop what heads learn before wait(); use "
@@ -1214,7 +1217,8 @@ class MergeWork:
 
     def __init__(self, layout, tensors, optimizer, decay, wire, outer_optimizer, outer):
         self.layout, self.tensors, self.optimizer, self.decay = layout, tensors, optimizer, decay
-        self.wire, self.outer_optimizer, self.outer = wire, outer_optimizer, outer
+        self.wire = wire if layout.world > 1 else "fp32"  # nothing is sent, nothing rounded
+        self.outer_optimizer, self.outer = outer_optimizer, outer
         self.group = None  # the default one
 
     def find_sound(self):
@@ -1237,7 +1241,7 @@ class MergeWork:
         Returns, for each (tensor, piece) of the bucket, this process's part of the new master and
         every process's part of the forward rows. Changes nothing that the forward pass reads.
         """
-        mean = self.mean(all_to_all(self.partial_sums(bucket), self.layout, self.group), bucket)
+        mean = self.mean(self.exchange(self.partial_sums(bucket)), bucket)
         parts = mean.split([m.share(piece) for m, piece in bucket])  # (share, 64) each
         self.advance(bucket, parts)
         sizes = [m.share(piece) * m.rows[0].nbytes for m, piece in bucket]
@@ -1248,28 +1252,33 @@ class MergeWork:
         return parts, all_gather(forward, self.layout, self.group).split(sizes, 1)
 
     def partial_sums(self, bucket):
-        """Each piece's deltas summed over the sound heads here: (P, a part for each process)."""
+        """Each piece's deltas summed over the sound heads here: (P, rows, 64), a part for each."""
         layout, (m, _) = self.layout, bucket[0]
-        wire = m.dtype if layout.world == 1 else WIRES[self.wire] or m.dtype
-        sizes = [m.share(piece) * BLOCK for m, piece in bucket]
-        sums = m.rows.new_empty(layout.world, sum(sizes), dtype=wire)
-        layout.bytes_sent += sums[0].nbytes * (layout.world - 1)
+        shares = [m.share(piece) for m, piece in bucket]
+        sums = m.rows.new_empty(layout.world, sum(shares), BLOCK, dtype=m.dtype)
         first = layout.rank * layout.local
 
         def term(m, piece, h):
             delta = m.delta(self.learnt[m], h, piece)
             return delta.zero_() if first + h in self.bad else delta
 
-        for (m, piece), columns in zip(bucket, sums.split(sizes, 1), strict=True):
+        for (m, piece), part in zip(bucket, sums.split(shares, 1), strict=True):
             total = tree_sum(partial(term, m, piece), 0, layout.local)
-            columns.copy_(F.pad(total, (0, columns.numel() - len(total))).view_as(columns))
+            part.copy_(F.pad(total, (0, part.numel() - len(total))).view_as(part))
         return sums
 
+    def exchange(self, sums):
+        """(P, rows, 64) -> (P, rows, bytes): this process's part from each, as it was sent."""
+        layout = self.layout
+        sent = encode(sums.flatten(0, 1), self.wire).view(layout.world, -1)
+        layout.bytes_sent += sent[0].nbytes * (layout.world - 1)
+        return all_to_all(sent, layout, self.group).view(*sums.shape[:2], -1)
+
     def mean(self, arrived, bucket):
-        """(P, this process's part from each) -> (rows, 64), the mean over all sound heads."""
+        """(P, rows, bytes) -> (rows, 64), the mean over all sound heads."""
         dtype = bucket[0][0].dtype
-        total = tree_sum(lambda p: arrived[p].to(dtype), 0, self.layout.world)
-        return total.div_(self.layout.heads - len(self.bad)).view(-1, BLOCK)
+        total = tree_sum(lambda p: decode(arrived[p], self.wire, dtype), 0, self.layout.world)
+        return total.div_(self.layout.heads - len(self.bad))
 
     def advance(self, bucket, parts):
         """The mean of each part becomes, in place, the part's new value: decay W + mean.
@@ -1848,11 +1857,11 @@ def cost_report(model, optimizer=None, *, outer_optimizer=None, merge_every=1, w
         activations, no more than a dense model's; one layer's W, formed and for a quantized base
         decoded too, while it is multiplied with; and what a merge in flight keeps until wait().
     held_dense: the same for data parallel AdamW, 16 bytes for every trained parameter in fp32.
-    sent: of one merge, for each row of 64 weights 256 bytes of "deltas" (all-to-all; 128 with
-        wire="bf16") and its "forward" format (all-gather), each to P - 1 others, and one byte a
-        head that says whether it is sound; "merge" is their sum, "step" a step's share of it where
-        every merge_every steps are merged; "dense" a step of data parallel training, an fp32
-        all-reduce of every trained parameter on a ring.
+    sent: of one merge, for each row of 64 weights its "deltas" (all-to-all; 256 bytes in fp32,
+        128 in bf16, 36 in nf4) and its "forward" format (all-gather), each to P - 1 others, and
+        one byte a head that says whether it is sound; "merge" is their sum, "step" a step's share
+        of it where every merge_every steps are merged; "dense" a step of data parallel training,
+        an fp32 all-reduce of every trained parameter on a ring.
 
     An optimizer counts with the state of its first step, if that is numbers and tensors of the
     parameter's shape, and as one for all parameters, with its first group's options. Where
@@ -1867,8 +1876,8 @@ def cost_report(model, optimizer=None, *, outer_optimizer=None, merge_every=1, w
     dense = dict(weights=item * trained, gradients=item * trained, optimizer=2 * item * trained)
     sent = dict(deltas=0, forward=0, heads=layout.heads // P * (P - 1))
     for m in merged_tensors(model):
-        rows, wide = sum(m.share(k, P) for k in m.pieces), (WIRES[wire] or m.dtype).itemsize
-        sent["deltas"] += rows * BLOCK * wide * (P - 1)
+        rows, row = sum(m.share(k, P) for k in m.pieces), torch.zeros(1, BLOCK, dtype=m.dtype)
+        sent["deltas"] += rows * encode(row, wire).nbytes * (P - 1)
         sent["forward"] += rows * m.rows[0].nbytes * (P - 1)
     held["all"], dense["all"], sent["merge"] = (sum(d.values()) for d in (held, dense, sent))
     sent |= dict(step=sent["merge"] / merge_every, dense=8 * trained * (P - 1) / P)

@@ -465,7 +465,10 @@ def test_missing_bitsandbytes_is_one_sentence_before_any_change(monkeypatch, bas
     with pytest.raises(ImportError, match="pip install bitsandbytes"):
         convert(model, base=base)
     assert type(model[0]) is nn.Linear
-    convert(model, base="bf16")
+    before = snapshot(learn(convert(model, base="bf16")))
+    with pytest.raises(ImportError, match="pip install bitsandbytes"):
+        lte.merge(model, wire=base)
+    same(snapshot(model), before)
 
 
 @needs_gpu
@@ -1785,38 +1788,51 @@ def test_every_process_refuses_what_does_not_fit():
 # the wire
 
 
-def merge_over_bf16(base):
+def rounded(x, wire):
+    """What arrives of a tensor that is sent in rows of 64."""
+    rows = F.pad(x.flatten(), (0, -x.numel() % 64)).view(-1, 64)
+    return lte.decode(lte.encode(rows, wire), wire, x.dtype).flatten()[: x.numel()].view_as(x)
+
+
+def merge_over(wire, base):
     model = learn_apart(loose(base=base))
-    lte.merge(model, wire="bf16")
+    lte.merge(model, wire=wire)
     return outcome(model)
 
 
-@pytest.mark.parametrize("world, base", [(2, "nf4"), (4, "fp32")])
-def test_over_a_bf16_wire_the_master_gets_just_the_sum_of_the_rounded_partial_sums(world, base):
+@pytest.mark.parametrize(
+    "world, wire, base",
+    [(2, "bf16", "nf4"), (4, "bf16", "fp32"), (2, "nf4", "fp32"), (4, "int8", "nf4")],
+)
+def test_the_master_gets_just_the_sum_of_the_partial_sums_as_the_wire_rounds_them(
+    world, wire, base
+):
     alone = learn_apart(loose(base=base))
     expected = lte.merged_state_dict(alone)
     for m in lte.merged_tensors(alone):
         d = [delta(m, n) for n in range(4)]
         partial_sums = d if world == 4 else [d[0] + d[1], d[2] + d[3]]
-        sent = [partial.bfloat16().float() for partial in partial_sums]
-        assert not torch.equal(sent[0], partial_sums[0]), "rounding that does nothing tests nothing"
+        sent = [rounded(partial, wire) for partial in partial_sums]
+        if m.numel > 1:  # of a row's largest number four bits keep everything
+            assert not torch.equal(sent[0], partial_sums[0]), "rounding nothing tests nothing"
         total = sent[0] + sent[1] if world == 2 else (sent[0] + sent[1]) + (sent[2] + sent[3])
         expected[m.plain] = expected[m.plain] + total / 4
-    (export, _), _ = together(on_processes(world, merge_over_bf16, base))
+    (export, _), _ = together(on_processes(world, merge_over, wire, base))
     same(export, expected)
 
 
-@pytest.mark.parametrize("async_op", [False, True])
-def test_on_one_process_a_bf16_wire_rounds_nothing(async_op):
+@pytest.mark.parametrize("async_op, wire", [(False, "bf16"), (True, "bf16"), (False, "fp4")])
+def test_on_one_process_a_wire_rounds_nothing(async_op, wire):
     narrow, wide = learn_apart(loose()), learn_apart(loose())
-    work = lte.merge(narrow, wire="bf16", async_op=async_op)
+    work = lte.merge(narrow, wire=wire, async_op=async_op)
     if async_op:
         work.wait()
     lte.merge(wide)
     same(snapshot(narrow), snapshot(wide))
 
 
-KINDS = list(itertools.product(lte.BASES, lte.WIRES, (lte.PIECE, 7)))  # 7 rows a piece: many pieces
+# 7 rows a piece: many pieces
+KINDS = list(itertools.product(lte.BASES, ("fp32", "bf16", "nf4"), (lte.PIECE, 7)))
 
 
 def count_every_kind():
@@ -1870,9 +1886,9 @@ def test_heads_that_do_not_spread_over_the_workers_cannot_be_counted(workers):
         assert lte.cost_report(model, workers=0) == lte.cost_report(model, workers=1)
 
 
-def test_deltas_take_256_bytes_a_row_and_half_of_it_over_a_bf16_wire():
+def test_deltas_take_256_bytes_a_row_half_of_it_over_a_bf16_wire_and_a_seventh_over_nf4():
     model = lte.convert(nn.Linear(10, 384, bias=False), heads=4, r=2, lora_alpha=8, base="nf4")
-    for wire, row in (("fp32", 256), ("bf16", 128)):
+    for wire, row in (("fp32", 256), ("bf16", 128), ("int8", 68), ("nf4", 36)):
         cost = lte.cost_report(model, workers=4, wire=wire)["sent"]
         assert (cost["deltas"], cost["forward"]) == (3 * 15 * row, 3 * 15 * 36)
 
@@ -2484,7 +2500,7 @@ def test_a_full_memory_is_not_taken_for_a_lost_process():
 @pytest.mark.parametrize(
     "options, sentence",
     [
-        ({"wire": "fp16"}, "wire='fp16' is not known; choose one of fp32, bf16"),
+        ({"wire": "fp16"}, "wire='fp16' is not known; choose one of fp32, bf16, int8"),
         ({"wire": None}, "wire=None is not known"),
         ({"reset": "B", "async_op": True}, "reset='B' with async_op=True would drop what heads"),
         ({"reset": "AB", "async_op": True}, "use reset='none', or async_op=False"),
@@ -4233,6 +4249,12 @@ def test_a_SIGTERM_to_one_process_stops_all_and_one_alone_can_go_on(tiny, tmp_pa
 def run_on_two(out, *flags):
     with one_of_two():
         train.main(["--batch-size", "16", "--out", str(out), *map(str, flags)])
+
+
+def test_a_wire_that_needs_bitsandbytes_says_so_before_the_first_step(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    before_step(monkeypatch, 1, lambda: pytest.fail("trained"))
+    assert "pip install bitsandbytes" in sentence(*SHORT, "--wire", "nf4", "--out", tmp_path)
 
 
 def test_a_run_begun_alone_and_ended_by_two_says_that_one_sent_nothing(tiny, tmp_path):

@@ -685,7 +685,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--merge-every", type=int, help="T, steps between merges (4; relora: 50)")
     add("--merge-warmup", type=int, default=0, help="steps over which T grows from 1 (0)")
     add("--reset", choices=("none", "B", "AB"), help="what lte starts anew at a merge (none)")
-    add("--wire", default="fp32", choices=lte.WIRES, help="what deltas are sent as (fp32)")
+    add("--wire", default="fp32", choices=lte.BASES, help="what deltas are sent as (fp32)")
     add("--overlap", type=int, default=0, help="K, steps trained while a merge travels (0)")
     add("--outer-lr", type=float, default=1.0, help="rate at which W takes the mean (1)")
     add("--outer-momentum", type=float, default=0.0, help="Nesterov, over merges (0)")
@@ -1214,7 +1214,8 @@ class Report:
 
     def say_costs(self, merges) -> None:
         """What this process will hold, beside data parallel AdamW."""
-        cost = lte.cost_report(self.model, merges.optimizer, outer_optimizer=merges.outer)
+        options = dict(outer_optimizer=merges.outer, wire=self.args.wire)  # bitsandbytes missing?
+        cost = lte.cost_report(self.model, merges.optimizer, **options)
         held, dense = cost["held"], cost["held_dense"]["all"] / 1e6
         kinds = [f"{n / 1e6:.1f} {kind}" for kind, n in held.items() if n and kind != "all"]
         self.say(f"held by a process: {held['all'] / 1e6:.1f} MB = {' + '.join(kinds)}")

@@ -4246,15 +4246,15 @@ def test_a_SIGTERM_to_one_process_stops_all_and_one_alone_can_go_on(tiny, tmp_pa
     same(*(torch.load(folder / "model.pt") for folder in (stopped, whole)))
 
 
-def run_on_two(out, *flags):
-    with one_of_two():
-        train.main(["--batch-size", "16", "--out", str(out), *map(str, flags)])
-
-
 def test_a_wire_that_needs_bitsandbytes_says_so_before_the_first_step(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
     before_step(monkeypatch, 1, lambda: pytest.fail("trained"))
     assert "pip install bitsandbytes" in sentence(*SHORT, "--wire", "nf4", "--out", tmp_path)
+
+
+def run_on_two(out, *flags):
+    with one_of_two():
+        train.main(["--batch-size", "16", "--out", str(out), *map(str, flags)])
 
 
 def test_a_run_begun_alone_and_ended_by_two_says_that_one_sent_nothing(tiny, tmp_path):

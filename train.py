@@ -1214,7 +1214,8 @@ class Report:
 
     def say_costs(self, merges) -> None:
         """What this process will hold, beside data parallel AdamW."""
-        options = dict(outer_optimizer=merges.outer, wire=self.args.wire)  # bitsandbytes missing?
+        # Given the wire, it asks for bitsandbytes where that needs it: now, not at the first merge.
+        options = dict(outer_optimizer=merges.outer, wire=self.args.wire)
         cost = lte.cost_report(self.model, merges.optimizer, **options)
         held, dense = cost["held"], cost["held_dense"]["all"] / 1e6
         kinds = [f"{n / 1e6:.1f} {kind}" for kind, n in held.items() if n and kind != "all"]

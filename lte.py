@@ -79,7 +79,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 __version__ = "0.1.0"
 
@@ -164,7 +164,7 @@ def collective(what):
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # gloo's and NCCL's: their texts differ with what was cut off
-        reason = str(error).strip().splitlines()[0].rsplit("] ", 1)[-1].split(". ")[0]
+        reason = str(error).strip().partition("\n")[0].rsplit("] ", 1)[-1].split(". ")[0]
         raise ProcessLost(
             f"{what}: another process has ended or hangs; go on from the last checkpoint ({reason})"
         ) from error
@@ -336,8 +336,7 @@ class Merged(nn.Module):
         super().__init__()
         self.layout, self.base, self.plain = layout, base, ""  # plain: its name in the plain model
         self.shape, self.numel = tensor.shape, tensor.numel()
-        rows = tensor.new_zeros(math.ceil(self.numel / BLOCK), BLOCK)  # the last one padded
-        rows.view(-1)[: self.numel] = tensor.detach().flatten()
+        rows = F.pad(tensor.detach().flatten(), (0, -self.numel % BLOCK)).view(-1, BLOCK)
         self.register_buffer("rows", encode(rows, base))
         parts = [rows[self.part(piece)] for piece in self.pieces]
         self.register_buffer("master", torch.cat(parts) if parts and base != "fp32" else None)
@@ -371,10 +370,10 @@ class Merged(nn.Module):
         """A part filled up with zeros to share(piece) rows, since all processes send as many."""
         return F.pad(part, (0, 0, 0, self.share(piece) - len(part)))
 
-    def set_rows(self, piece, everyone):
-        """A piece of the forward copy, from every process's part: (P, share rows, as bytes)."""
-        rows = self.rows[piece].view(torch.uint8)
-        rows.copy_(everyone.reshape(-1, rows.shape[1])[: len(rows)])
+    def gathered(self, piece):
+        """(rows, 64): a piece of the master, from all processes. Collective."""
+        part = self.padded(self.master_part(piece), piece)
+        return all_gather(part, self.layout).flatten(0, 1)[: piece.stop - piece.start]
 
     def from_rows(self, rows):
         """(rows, 64) -> (shape), the padding dropped."""
@@ -398,13 +397,8 @@ class Merged(nn.Module):
     def exact(self):
         """The merged tensor without rounding, a new tensor. Collective for a quantized base."""
         if self.master is None:
-            return self.from_rows(self.rows).clone()
-        pieces = []
-        for piece in self.pieces:
-            part = self.padded(self.master_part(piece), piece)
-            everyone = all_gather(part, self.layout).flatten(0, 1)
-            pieces.append(everyone[: piece.stop - piece.start])
-        return self.from_rows(torch.cat(pieces))
+            return self.dense().clone()
+        return self.from_rows(torch.cat([self.gathered(piece) for piece in self.pieces]))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -537,12 +531,8 @@ class MultiheadLoRALinear(Merged):
 
     In eval the merged model alone: W and the merged bias, for a batch of any size.
 
-    Args:
-        heads: N over all processes; this one holds lora_A (n, r, in), lora_B (n, out, r),
-            bias (n, out) of its n = N / P.
-        r: rank of one head, cut to min(in_features, out_features); scaling stays lora_alpha / r.
-        base: how W is stored, one of BASES; init: how A starts, one of INITS (B starts at zero).
-    Usually made by convert; a layer built by hand is a model of its own, with its own merges.
+    Usually made by convert, whose arguments these are; a layer built by hand is a model of its own,
+    with its own merges.
     Source: the paper's equations of multi-head LoRA and of LTE.
     """
 
@@ -722,7 +712,8 @@ class PerHead(nn.Module):
         tensors |= dict(module.named_buffers(recurse=False))
         self.names = list(tensors)
         for name, tensor in tensors.items():
-            statistic = tensor.is_floating_point() and tensor.isfinite().all()  # not a mask
+            # A whole number, a mask or nothing at all is not averaged.
+            statistic = tensor.is_floating_point() and tensor.numel() and tensor.isfinite().all()
             if isinstance(tensor, nn.Parameter) or statistic:
                 self.add_module(name, Copies(tensor, layout, prefix + name))
             else:
@@ -731,33 +722,44 @@ class PerHead(nn.Module):
         self.__dict__["code"] = module.to("meta")
 
     def forward(self, *args, **kwargs):
-        def call(state, args, kwargs):
-            return torch.func.functional_call(self.code, state, args, kwargs)
-
         self.code.training = self.training
+        call = partial(torch.func.functional_call, self.code)
         copies = {name: getattr(self, name) for name in self.names}
+        stacked = {n: c.heads if isinstance(c, Copies) else c for n, c in copies.items()}
         if not (self.training and self.layout.parallel):
             state = {n: c.value() if isinstance(c, Copies) else c[0] for n, c in copies.items()}
             y = call(state, args, kwargs)
-            self.keep_buffers(copies, state)
+            for name, heads in stacked.items() if self.training else ():
+                if not isinstance(heads, nn.Parameter):  # what the code did to the buffers' mean
+                    heads.copy_(state[name].expand_as(heads))
             return y
-        state = {n: c.heads if isinstance(c, Copies) else c for n, c in copies.items()}
-        state = {name: stacked.unbind(0) for name, stacked in state.items()}
+        state = {name: heads.unbind(0) for name, heads in stacked.items()}
         leaves, spec = tree_flatten((args, kwargs))
-        chunks = [self.layout.split(x) if isinstance(x, torch.Tensor) else x for x in leaves]
+        chunks = [self.split(j, x) for j, x in enumerate(leaves)]
         outputs = []
         for h in range(self.layout.local):
-            own = [aligned(x[h]) if isinstance(x, torch.Tensor) else x for x in chunks]
             own_state = {name: heads[h] for name, heads in state.items()}
-            outputs.append(call(own_state, *tree_unflatten(own, spec)))
-        return tree_map(lambda *y: torch.cat(y) if torch.is_tensor(y[0]) else y[0], *outputs)
+            y = call(own_state, *tree_unflatten([chunk[h] for chunk in chunks], spec))
+            y, out_spec = tree_flatten(y)
+            outputs.append(y)
+        joined = [self.join(j, y) for j, y in enumerate(zip(*outputs, strict=True))]
+        return tree_unflatten(joined, out_spec)
 
-    def keep_buffers(self, copies, state):
-        """Multi-head LoRA: all copies get what the module's code did to the buffers' mean."""
-        for name, own in copies.items() if self.training else ():
-            stacked = own.heads if isinstance(own, Copies) else own
-            if not isinstance(stacked, nn.Parameter):
-                stacked.copy_(state[name].expand_as(stacked))
+    def batch_dim(self, j):
+        """The batch is first, but in all tensors of a recurrent layer after its x or y second."""
+        return int(isinstance(self.code, nn.RNNBase) and j > 0)
+
+    def split(self, j, x):
+        """What each head here gets of the j-th argument."""
+        if not isinstance(x, torch.Tensor):
+            return [x] * self.layout.local
+        dim = self.batch_dim(j)
+        chunks = self.layout.split(x.movedim(dim, 0))
+        return [aligned(own.movedim(0, dim).contiguous() if dim else own) for own in chunks]
+
+    def join(self, j, y):
+        """The j-th result from each head's."""
+        return torch.cat(y, self.batch_dim(j)) if isinstance(y[0], torch.Tensor) else y[0]
 
     def extra_repr(self):
         return f"{self.code}, heads={self.layout.heads}"
@@ -939,34 +941,37 @@ def convert(model, *, heads, r, lora_alpha=None, base="fp32", parallel=True, ini
     broadcast(model, layout)
     layout.names = [name for name in model.state_dict() if not name.endswith("_extra_state")]
     factors = dict(r=r, lora_alpha=lora_alpha, base=base, init=init)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # its fused path reads weights that are not there
     for name in list(plan):
         kind, module = plan.pop(name)  # so that a dense weight goes when its layer is made
-        parent_name, _, child = name.rpartition(".")
         new = build(kind, module, name + "." if name else "", layout, factors)
-        if new is None:
-            continue
-        new.train(module.training)
-        if name:
-            setattr(model.get_submodule(parent_name), child, new)
-        else:
-            model = new
+        if new is not None:
+            new.train(module.training)
+            if name:
+                model.set_submodule(name, new)
+            else:
+                model = new
     return model
 
 
 def check_options(*, r, lora_alpha, base, init, bare="error"):
-    """One sentence for a value that convert does not take; imports bitsandbytes if it is needed."""
+    """One sentence for a value that convert does not take."""
     if r is not None and not (isinstance(r, int) and r >= 1 and lora_alpha and lora_alpha > 0):
         raise ValueError(
             f"r={r}, lora_alpha={lora_alpha}: r must be an integer from 1 on, lora_alpha above 0"
         )
-    for name, value, known in (
-        ("base", base, BASES),
-        ("init", init, INITS),
-        ("bare", bare, ("error", "freeze", "heads")),
-    ):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(known)}")
-    if base in QUANTIZED:
+    check_choice("base", base, BASES)
+    check_choice("init", init, INITS)
+    check_choice("bare", bare, ("error", "freeze", "heads"))
+
+
+def check_choice(name, value, known):
+    """A value that is one of `known`; imports bitsandbytes for one that needs it."""
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(known)}")
+    if value in QUANTIZED:
         bitsandbytes()
 
 
@@ -1105,7 +1110,7 @@ def build(kind, module, prefix, layout, factors):
 def broadcast(model, layout):
     """All processes start from rank 0's weights, whatever they were seeded with."""
     if layout.world > 1:
-        with torch.no_grad():
+        with torch.no_grad(), collective("sending process 0's weights"):
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor, src=0)
 
@@ -1118,11 +1123,9 @@ def census(model):
     """
     owners = {"low-rank": {}, "copies": {}, "frozen": {}}
     for m in merged_tensors(model):
-        low_rank = isinstance(m, MultiheadLoRALinear)
-        learns = m.lora_B if low_rank else m.heads
-        if isinstance(learns, nn.Parameter):  # not a copied buffer
-            kind = "low-rank" if low_rank else "copies"
-            owners[kind if learns.requires_grad else "frozen"][m.plain] = m.numel
+        kind = "low-rank" if isinstance(m, MultiheadLoRALinear) else "copies"
+        for p in m.parameters(recurse=False):  # none where a buffer is copied
+            owners[kind if p.requires_grad else "frozen"][m.plain] = m.numel
     ours = {id(p) for m in merged_tensors(model) for p in m.parameters()}
     owners["frozen"] |= {n: p.numel() for n, p in model.named_parameters() if id(p) not in ours}
     return owners
@@ -1182,10 +1185,7 @@ def merge(model, *, optimizer=None, reset="none", decay=1.0, wire="fp32", outer_
     layout, tensors = layout_of(model), merged_tensors(model)
     check_idle(layout, "merge")
     check_reset(tensors, reset, optimizer)
-    if wire not in BASES:
-        raise ValueError(f"wire={wire!r} is not known; choose one of {', '.join(BASES)}")
-    if wire in QUANTIZED:
-        bitsandbytes()
+    check_choice("wire", wire, BASES)
     if async_op and reset != "none":
         raise ValueError(
             f"reset={reset!r} with async_op=True would drop what heads learn before wait(); use "
@@ -1241,7 +1241,7 @@ class MergeWork:
         Returns, for each (tensor, piece) of the bucket, this process's part of the new master and
         every process's part of the forward rows. Changes nothing that the forward pass reads.
         """
-        mean = self.mean(self.exchange(self.partial_sums(bucket)), bucket)
+        mean = self.mean(self.partial_sums(bucket))
         parts = mean.split([m.share(piece) for m, piece in bucket])  # (share, 64) each
         self.advance(bucket, parts)
         sizes = [m.share(piece) * m.rows[0].nbytes for m, piece in bucket]
@@ -1267,18 +1267,15 @@ class MergeWork:
             part.copy_(F.pad(total, (0, part.numel() - len(total))).view_as(part))
         return sums
 
-    def exchange(self, sums):
-        """(P, rows, 64) -> (P, rows, bytes): this process's part from each, as it was sent."""
-        layout = self.layout
-        sent = encode(sums.flatten(0, 1), self.wire).view(layout.world, -1)
-        layout.bytes_sent += sent[0].nbytes * (layout.world - 1)
-        return all_to_all(sent, layout, self.group).view(*sums.shape[:2], -1)
-
-    def mean(self, arrived, bucket):
-        """(P, rows, bytes) -> (rows, 64), the mean over all sound heads."""
-        dtype = bucket[0][0].dtype
-        total = tree_sum(lambda p: decode(arrived[p], self.wire, dtype), 0, self.layout.world)
-        return total.div_(self.layout.heads - len(self.bad))
+    def mean(self, sums):
+        """(P, rows, 64) partial sums -> (rows, 64): this process's part, over all sound heads."""
+        layout, (P, rows, _), dtype = self.layout, sums.shape, sums.dtype
+        sent = encode(sums.flatten(0, 1), self.wire).view(P, -1)
+        layout.bytes_sent += sent[0].nbytes * (P - 1)
+        arrived = all_to_all(sent, layout, self.group).view(P, rows, -1)
+        del sums, sent  # their memory, before the parts are decoded
+        total = tree_sum(lambda p: decode(arrived[p], self.wire, dtype), 0, P)
+        return total.div_(layout.heads - len(self.bad))
 
     def advance(self, bucket, parts):
         """The mean of each part becomes, in place, the part's new value: decay W + mean.
@@ -1303,8 +1300,9 @@ class MergeWork:
 
     def apply(self, bucket, parts, everyone):
         """W becomes what arrived."""
-        for (m, piece), part, rows in zip(bucket, parts, everyone, strict=True):
-            m.set_rows(piece, rows)
+        for (m, piece), part, arrived in zip(bucket, parts, everyone, strict=True):
+            rows = m.rows[piece].view(torch.uint8)
+            rows.copy_(arrived.reshape(-1, rows.shape[1])[: len(rows)])
             if m.master is not None:
                 own = m.master_part(piece)
                 own.copy_(part[: len(own)])
@@ -1434,8 +1432,7 @@ def check_idle(layout, what):
 
 def check_reset(tensors, reset, optimizer):
     """A known reset, and for one that resets the optimizer whose state it must clear."""
-    if reset not in ("none", "B", "AB"):
-        raise ValueError(f"reset={reset!r} is not known; choose one of none, B, AB")
+    check_choice("reset", reset, ("none", "B", "AB"))
     if reset == "none":
         return
     if optimizer is None:
@@ -1602,8 +1599,7 @@ def load(directory, model, optimizer=None, outer_optimizer=None, *, previous=Fal
     storage(dcp.load, tensors, path, layout)
     for m in merged_tensors(model):
         for piece in m.pieces:
-            rows = encode(m.padded(m.master_part(piece), piece), m.base).view(torch.uint8)
-            m.set_rows(piece, all_gather(rows, layout))
+            m.rows[piece] = encode(m.gathered(piece), m.base)
     for name in ("merges", "left_out", "bytes_sent"):
         setattr(layout, name, meta[name])
     for m in model.modules():
@@ -1918,11 +1914,8 @@ def state_size(optimizer):
     other.state = defaultdict(dict)
     other.step()
     state = [value for value in other.state[trial].values() if torch.is_tensor(value)]
-    alike = [value.shape == trial.shape for value in state]
-    return (
-        sum(value.itemsize for value, same in zip(state, alike, strict=True) if same),
-        sum(value.nbytes for value, same in zip(state, alike, strict=True) if not same),
-    )
+    for_each = sum(value.itemsize for value in state if value.shape == trial.shape)
+    return for_each, sum(value.nbytes for value in state if value.shape != trial.shape)
 
 
 # ------------------------------------------------------------------------------------------------

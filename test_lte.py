@@ -46,7 +46,7 @@ import torchvision
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torchvision.transforms import v2
 
 import lte
@@ -878,6 +878,27 @@ def test_a_copied_modules_arguments_and_results_may_be_of_any_kind(parallel):
     same(shift, x)
 
 
+@pytest.mark.parametrize("make", [nn.LSTM, nn.GRU])
+def test_the_states_of_a_recurrent_layer_have_the_batch_second_and_are_split_there(make):
+    torch.manual_seed(0)
+    plain = make(IN, OUT, num_layers=2, batch_first=True).double()
+    copies = learn(convert(copy.deepcopy(plain), r=None))
+    x = torch.randn(N * B, 6, IN, dtype=torch.float64)
+    state = torch.randn(2, N * B, OUT, dtype=torch.float64)
+    state = (state, state.sin()) if make is nn.LSTM else state
+    outputs = []
+    for n in range(N):
+        head = copy.deepcopy(plain)
+        for name, p in head.named_parameters():
+            p.data.copy_(getattr(copies, name).heads[n])
+        own = slice(n * B, (n + 1) * B)
+        outputs.append(tree_leaves(head(x[own], tree_map(lambda h, own=own: h[:, own], state))))
+    y, *states = zip(*outputs, strict=True)
+    expected = [torch.cat(y), *(torch.cat(h, 1) for h in states)]
+    close(tree_leaves(copies(x, state)), expected)
+    close(copies(x)[1][0].shape, plain(x)[1][0].shape)
+
+
 def test_a_merge_averages_parameters_and_float_buffers_and_keeps_the_counter():
     copies = learn(convert(nn.BatchNorm2d(2).double(), r=None))
     for _ in range(5):
@@ -1071,11 +1092,12 @@ def test_what_has_time_first_is_refused_since_heads_would_split_it(module):
         convert(nn.Sequential(nn.Linear(2, 2), module))
 
 
-def test_a_mask_of_minus_infinity_is_kept_and_stops_no_merge():
+def test_a_mask_of_minus_infinity_and_a_buffer_of_nothing_are_kept_and_stop_no_merge():
     class Mask(nn.Module):
         def __init__(self):
             super().__init__()
             self.register_buffer("mask", torch.full((IN, IN), -math.inf).triu(1).double())
+            self.register_buffer("nothing", torch.empty(0))
 
         def forward(self, x):
             return (x.unsqueeze(1) + self.mask).softmax(-1).mean(1)
@@ -1088,13 +1110,14 @@ def test_a_mask_of_minus_infinity_is_kept_and_stops_no_merge():
     close(model.eval()(batch()[0]), plain(batch()[0]))
 
 
-@pytest.mark.parametrize("norm_first", [True, False])
-def test_pytorchs_transformer_encoder_converts(norm_first):
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("norm_first, nested", [(True, False), (False, False), (False, True)])
+def test_pytorchs_transformer_encoder_converts(norm_first, nested):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(
         WIDTH, 2, 10, dropout=0.0, batch_first=True, norm_first=norm_first
     )
-    plain = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double()
+    plain = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested).double()
     ours = convert(copy.deepcopy(plain))
     padding = torch.arange(5).expand(N * B, 5) >= 4
     for training in (True, False):
@@ -2490,6 +2513,12 @@ def test_a_merge_that_loses_a_process_says_so_and_leaves_W_as_it_was(when, what)
     assert nothing is None and merges == 1
     says = f"{what}: another process has ended or hangs; go on from the last checkpoint ("
     assert sentence.startswith(says) and "\n" not in sentence
+
+
+def test_an_error_without_a_word_is_a_lost_process_too():
+    with pytest.raises(lte.ProcessLost, match=r"^all-gather: another process has ended.* \(\)$"):
+        with lte.collective("all-gather"):
+            raise RuntimeError
 
 
 def test_a_full_memory_is_not_taken_for_a_lost_process():

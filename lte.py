@@ -701,8 +701,8 @@ class PerHead(nn.Module):
 
     torch.func runs the module's own code on the stacked copies, head n on its chunk of the batch;
     one head after the other, since a batched convolution's last bits depend on how many there are.
-    Whole-number buffers (BatchNorm's counter) and those that hold inf (masks) are stacked too but
-    not averaged: they are equal.
+    Buffers of whole numbers (BatchNorm's counter), with inf (masks) or of size 0 are stacked too
+    but not averaged: they are equal.
     """
 
     def __init__(self, module, prefix, layout):
@@ -712,7 +712,6 @@ class PerHead(nn.Module):
         tensors |= dict(module.named_buffers(recurse=False))
         self.names = list(tensors)
         for name, tensor in tensors.items():
-            # A whole number, a mask or nothing at all is not averaged.
             statistic = tensor.is_floating_point() and tensor.numel() and tensor.isfinite().all()
             if isinstance(tensor, nn.Parameter) or statistic:
                 self.add_module(name, Copies(tensor, layout, prefix + name))
@@ -739,8 +738,8 @@ class PerHead(nn.Module):
         outputs = []
         for h in range(self.layout.local):
             own_state = {name: heads[h] for name, heads in state.items()}
-            y = call(own_state, *tree_unflatten([chunk[h] for chunk in chunks], spec))
-            y, out_spec = tree_flatten(y)
+            own = tree_unflatten([chunk[h] for chunk in chunks], spec)
+            y, out_spec = tree_flatten(call(own_state, *own))
             outputs.append(y)
         joined = [self.join(j, y) for j, y in enumerate(zip(*outputs, strict=True))]
         return tree_unflatten(joined, out_spec)
@@ -1272,7 +1271,7 @@ class MergeWork:
         layout, (P, rows, _), dtype = self.layout, sums.shape, sums.dtype
         sent = encode(sums.flatten(0, 1), self.wire).view(P, -1)
         layout.bytes_sent += sent[0].nbytes * (P - 1)
-        arrived = all_to_all(sent, layout, self.group).view(P, rows, -1)
+        arrived = all_to_all(sent, layout, self.group).view(P, rows, -1)  # (P, rows, bytes)
         del sums, sent  # their memory, before the parts are decoded
         total = tree_sum(lambda p: decode(arrived[p], self.wire, dtype), 0, P)
         return total.div_(layout.heads - len(self.bad))

@@ -896,7 +896,7 @@ def test_the_states_of_a_recurrent_layer_have_the_batch_second_and_are_split_the
     y, *states = zip(*outputs, strict=True)
     expected = [torch.cat(y), *(torch.cat(h, 1) for h in states)]
     close(tree_leaves(copies(x, state)), expected)
-    close(copies(x)[1][0].shape, plain(x)[1][0].shape)
+    assert copies(x)[1][0].shape == plain(x)[1][0].shape
 
 
 def test_a_merge_averages_parameters_and_float_buffers_and_keeps_the_counter():
@@ -1941,7 +1941,7 @@ def merge_in_pieces(bucket):
 
 def test_neither_processes_nor_buckets_change_the_bits_of_any_kind_of_merge():
     [expected] = on_processes(1, merge_in_pieces, lte.BUCKET)
-    for world in (2, 4):
+    for world in (1, 2, 4):
         ranks = on_processes(world, merge_in_pieces, 4096)  # four pieces to a bucket
         for kind in expected:
             same(together([rank[kind] for rank in ranks]), expected[kind])
@@ -2593,7 +2593,8 @@ def as_if_among(world, patch):
 
 
 # Not with real processes: gloo's threads let go of a message some time after it has arrived.
-@pytest.mark.parametrize("world, outer", [(1, True), (2, False), (2, True)])
+@pytest.mark.parametrize("outer", [False, True])
+@pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("kind, base", [("one layer", "fp32"), *((kind, "nf4") for kind in LARGE)])
 def test_a_merge_takes_less_than_two_buckets_of_memory(kind, world, base, outer, monkeypatch):
     monkeypatch.setattr(lte, "BUCKET", lte.BUCKET // 512)
@@ -3736,7 +3737,7 @@ def test_evaluation_counts_each_sample_once(small, world):
     assert sorted(torch.cat(seen).tolist()) == sorted(data.test[1].tolist())
 
 
-@pytest.mark.parametrize("every", [1, 3, 50])
+@pytest.mark.parametrize("every", [1, 3, 7, 50])
 def test_merges_happen_at_every_T_steps_and_at_the_end(tiny, tmp_path, monkeypatch, every):
     steps, done = [], []
     step, merge = train.train_step, lte.merge

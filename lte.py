@@ -1162,11 +1162,11 @@ def merge(model, *, optimizer=None, reset="none", decay=1.0, wire="fp32", outer_
 
     A head that holds NaN or inf is left out: the mean is over the others, and it starts again from
     the merged model, with zero moments if `optimizer` is given. (Adam's step count is common to all
-    heads and stays, so this one's updates are 3 times the rate at first, 6.6 times soon.)
+    heads and stays, so late in a run this one's updates are 3, soon 6.6 times the rate.)
 
     Args:
         optimizer: needed for a reset, which clears its whole state of what was reset (Adam's step
-            count too: old counts with new moments would make the next update too large).
+            count too: an old count takes new moments for full ones, and the next update is wrong).
         reset: "none": factors and their optimizer state go on. "B": B <- 0. "AB": and a new A.
         decay: factor on W of low-rank layers, the product of (1 - rate_t wd) since the last merge.
         wire: what each process rounds its sum of deltas to before it is sent, one of BASES. The

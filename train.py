@@ -545,10 +545,12 @@ UNMERGED = ("mhlora", "lora", "dense")  # till the end: tested at any step, merg
 CIFAR = "--dataset folder --data cifar --steps 250 --warmup 30"
 CIFAR1024 = f"{CIFAR} --batch-size 1024"
 WIDE = "--r 128 --lora-alpha 4096 --merge-every 1 --lr 1.25e-4"  # r: vit-nano's width
+TWO = "--heads 2 --r 64"  # half of the batch for each, at the N r of four heads of rank 32
 PRESETS = {
     "cifar-dense": f"{CIFAR} --method dense",
     "cifar-mhlora": f"{CIFAR} --method mhlora",
     "cifar-lte": CIFAR,
+    "cifar-lte-two": f"{CIFAR} {TWO} --lr 5e-4",
     "cifar-lte-nf4": f"{CIFAR} --base nf4 --wire bf16",
     "cifar-lte-wide": f"{CIFAR} {WIDE}",
     "cifar-lte-wide-nf4": f"{CIFAR} {WIDE} --base nf4 --wire bf16",
@@ -557,6 +559,7 @@ PRESETS = {
     "cifar-lora": f"{CIFAR} --method lora --r 8",
     "cifar1024-dense": f"{CIFAR1024} --method dense --lr 4e-3",
     "cifar1024-lte": CIFAR1024,
+    "cifar1024-lte-two": f"{CIFAR1024} {TWO}",
     "cifar1024-lte-wide": f"{CIFAR1024} {WIDE}",
     "paper": "--dataset folder --data imagenet100 --model vit-small --patch 32 --heads 32 --r 64 "
     "--lora-alpha 4096 --merge-every 10 --lr 5e-5 --batch-size 1024 --steps 37000 --warmup 1000",

@@ -79,6 +79,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 __version__ = "0.1.0"
@@ -111,8 +112,8 @@ class Layout:
 
     def __post_init__(self):
         self.rank, self.world = processes()
-        if self.heads < 1:
-            raise ValueError(f"heads={self.heads}: at least one head is needed")
+        if not isinstance(self.heads, int) or self.heads < 1:
+            raise ValueError(f"heads={self.heads!r}: at least one head is needed, an integer")
         if self.heads % self.world:
             raise ValueError(
                 f"{self.heads} heads do not spread over {self.world} processes; "
@@ -710,20 +711,20 @@ class PerHead(nn.Module):
         self.layout, self.prefix = layout, prefix
         tensors = dict(module.named_parameters(recurse=False))
         tensors |= dict(module.named_buffers(recurse=False))
-        self.names = list(tensors)
         for name, tensor in tensors.items():
-            statistic = tensor.is_floating_point() and tensor.numel() and tensor.isfinite().all()
+            exact = tensor.dtype in (torch.float32, torch.float64)
+            statistic = exact and tensor.numel() and tensor.isfinite().all()
             if isinstance(tensor, nn.Parameter) or statistic:
-                self.add_module(name, Copies(tensor, layout, prefix + name))
+                self._modules[name] = Copies(tensor, layout, prefix + name)
             else:
-                self.register_buffer(name, torch.stack([tensor] * layout.local))
+                self._buffers[name] = torch.stack([tensor] * layout.local)
         # Not a child, and without memory of its own: only its forward is used.
         self.__dict__["code"] = module.to("meta")
 
     def forward(self, *args, **kwargs):
         self.code.training = self.training
         call = partial(torch.func.functional_call, self.code)
-        copies = {name: getattr(self, name) for name in self.names}
+        copies = self._modules | self._buffers  # by whatever name, even one of our own attributes
         stacked = {n: c.heads if isinstance(c, Copies) else c for n, c in copies.items()}
         if not (self.training and self.layout.parallel):
             state = {n: c.value() if isinstance(c, Copies) else c[0] for n, c in copies.items()}
@@ -890,7 +891,7 @@ class BareCopies(nn.ModuleDict):
     def __init__(self, owner, prefix, layout):
         super().__init__()
         for name, parameter in list(owner.named_parameters(recurse=False)):
-            self[name] = Copies(parameter, layout, prefix + name)
+            self._modules[name] = Copies(parameter, layout, prefix + name)
             delattr(owner, name)
         owner.register_forward_pre_hook(self.lend, with_kwargs=True)
         owner.register_forward_hook(self.take_back, always_call=True)
@@ -927,7 +928,8 @@ def convert(model, *, heads, r, lora_alpha=None, base="fp32", parallel=True, ini
         parallel: True: head n sees its own chunk of the batch (LTE). False: every head sees every
             sample (multi-head LoRA, one process only).
         bare: parameters that a module with children owns itself: "error", "freeze", or "heads",
-            which needs shape (1, ...) and a module whose first argument has the batch first.
+            which needs shape (1, n, ...), as many dimensions as what it is added to or joined with,
+            and a module whose first argument has the batch first.
         skip: names of modules to leave dense and frozen.
     Raises: ValueError or TypeError, with the names of what could not be placed, before any change.
     """
@@ -1028,10 +1030,11 @@ def find_kind(name, module, r, bare, skip):
             "dimension of every tensor, which must be the batch: build it with batch_first=True"
         )
     if isinstance(module, nn.MultiheadAttention):
-        if module.bias_k is not None or module.add_zero_attn or module.dropout:
+        own_class = type(module) is not nn.MultiheadAttention  # and a forward of its own
+        if own_class or module.bias_k is not None or module.add_zero_attn or module.dropout:
             raise ValueError(
-                f"{name}: attention with dropout={module.dropout}, add_bias_kv or add_zero_attn "
-                "cannot be converted; build it without them"
+                f"{name}: attention with dropout={module.dropout}, add_bias_kv, add_zero_attn or "
+                "a class of its own cannot be converted; build it without them, or skip it"
             )
         return "attention"
     if type(module) is nn.Dropout and module.p > 0:
@@ -1039,13 +1042,18 @@ def find_kind(name, module, r, bare, skip):
     if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
         raise ValueError(f"{name}: {module} draws from the process's generator; use nn.Dropout")
     if list(module.children()) or isinstance(module, (nn.ParameterList, nn.ParameterDict)):
-        return bare_kind(name, module, bare) if any(p.requires_grad for p in own) else "walk"
+        kind = bare_kind(name, module, bare) if any(p.requires_grad for p in own) else "walk"
+        # A parametrization's modules get a weight, no batch.
+        return "freeze" if isinstance(module, ParametrizationList) else kind
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return "copies"  # even one without tensors: a head's statistics are of its own samples
     if own and not buffers and not any(p.requires_grad for p in own):
         return "walk"  # frozen by its author, and so it stays
-    if r is not None and type(module) is nn.Linear:
-        return "linear"
-    if r is not None and PatchConv.fits(module):
-        return "conv"
+    if r is not None and module._parameters.keys() == {"weight", "bias"} and not buffers:
+        if type(module) is nn.Linear:  # without the tensors of a hook, such as weight_norm's
+            return "linear"
+        if PatchConv.fits(module):
+            return "conv"
     return "copies" if own or buffers else "walk"
 
 
@@ -1062,7 +1070,7 @@ def check_skip(name, module):
 
 def bare_kind(prefix, module, bare):
     """Parameters of a module with children: refused, unless the caller has chosen."""
-    listed = isinstance(module, (nn.ParameterList, nn.ParameterDict))
+    listed = isinstance(module, (nn.ParameterList, nn.ParameterDict, ParametrizationList))
     for name, p in module.named_parameters(recurse=False):
         full = f"{prefix}.{name} {tuple(p.shape)}" if prefix else f"{name} {tuple(p.shape)}"
         if bare == "error":
@@ -1070,10 +1078,10 @@ def bare_kind(prefix, module, bare):
                 f"{full} belongs to no leaf module; choose bare='freeze', or bare='heads' if its "
                 "shape is (1, ...), or move it into a module of its own"
             )
-        if bare == "heads" and (listed or p.dim() < 1 or p.shape[0] != 1):
+        if bare == "heads" and (listed or p.dim() < 2 or p.shape[0] != 1):
             raise ValueError(
-                f"{full}: bare='heads' needs shape (1, ...) and a module with a forward of its "
-                "own; use bare='freeze' or move it into a module"
+                f"{full}: bare='heads' needs shape (1, n, ...) and a module with a forward of "
+                "its own; use bare='freeze' or move it into a module"
             )
     return "bare" if bare == "heads" else "freeze bare"
 
@@ -1823,7 +1831,8 @@ def merged_state_dict(model, exact=True):
     layout, tensors = layout_of(model), {}
     check_idle(layout, "export")
     for name, tensor in model.state_dict().items():  # what convert left where it was
-        if (name := name.replace("_orig_mod.", "")) in layout.names:
+        name = name if name in layout.names else name.replace("_orig_mod.", "")
+        if name in layout.names:
             tensors[name] = tensor.detach().clone()
     for m in model.modules():
         if isinstance(m, Merged):

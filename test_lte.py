@@ -45,6 +45,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torchvision.transforms import v2
@@ -903,7 +904,7 @@ def test_a_merge_averages_parameters_and_float_buffers_and_keeps_the_counter():
     copies = learn(convert(nn.BatchNorm2d(2).double(), r=None))
     for _ in range(5):
         copies(image)
-    means = {name: getattr(copies, name).heads.mean(0) for name in copies.names[:4]}
+    means = {name: getattr(copies, name).heads.mean(0) for name in copies._modules}
     lte.merge(copies)
     merged = lte.merged_state_dict(copies)
     assert merged.pop("num_batches_tracked").item() == 5
@@ -1236,7 +1237,7 @@ def test_bare_parameters_are_refused_frozen_or_copied_as_asked():
     assert [n for n, p in frozen.named_parameters() if not p.requires_grad] == ["token"]
     assert lte.census(frozen)["frozen"] == {"token": IN}
     assert lte.census(convert(Token(), bare="heads"))["copies"]["token"] == IN
-    with pytest.raises(ValueError, match=r"token \(2, 1, 5\): bare='heads' needs shape \(1, ...\)"):
+    with pytest.raises(ValueError, match=r"token \(2, 1, 5\): bare='heads' needs shape"):
         convert(Token(rows=2), bare="heads")
 
 
@@ -1355,6 +1356,15 @@ def test_the_root_may_be_the_only_layer():
     assert list(lte.merged_state_dict(layer)) == ["weight", "bias"]
 
 
+class Gate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.l, self.gate = nn.Linear(4, 4), nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return self.l(x) * self.gate
+
+
 def batch_norm(times=1):
     norm = nn.BatchNorm1d(OUT, affine=False)
     return nn.Sequential(nn.Linear(IN, OUT), *[norm] * times)
@@ -1384,6 +1394,8 @@ def tied():
         (net, {"r": 0}, "r=0.*r must be an integer from 1 on"),
         (net, {"lora_alpha": None}, "lora_alpha=None.*lora_alpha above 0"),
         (net, {"heads": 0}, "heads=0: at least one"),
+        (net, {"heads": 2.0}, "heads=2.0: at least one head is needed, an integer"),
+        (Gate, {"bare": "heads"}, "bare='heads' needs shape"),
     ],
 )
 def test_what_cannot_be_converted_is_refused_before_any_change(make, options, sentence):
@@ -1395,6 +1407,121 @@ def test_what_cannot_be_converted_is_refused_before_any_change(make, options, se
     assert dict(model.named_modules()) == modules
     if make is net:
         assert all(p.requires_grad for p in model.parameters())
+
+
+PARAMETRIZED = {
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+}
+
+
+@pytest.mark.parametrize("kind", PARAMETRIZED)
+def test_a_frozen_parametrization_gets_its_weight_whole(kind):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(IN, 6), PARAMETRIZED[kind](nn.Linear(6, 6))).double()
+
+    plain, model, x = make(), learn(convert(make(), bare="freeze")), batch()[0]
+    lte.merge(model)
+    plain.load_state_dict(lte.merged_state_dict(model))
+    close(model(x), plain(x))
+    with pytest.raises(ValueError, match="belongs to no leaf module"):
+        convert(make())
+    with pytest.raises(ValueError, match="bare='heads' needs shape"):
+        convert(make(), bare="heads")
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_batchnorm_without_tensors_to_learn_takes_each_heads_own_statistics(affine):
+    norm = nn.BatchNorm1d(OUT, affine=affine, track_running_stats=False).requires_grad_(False)
+    model, (x, _) = seasoned(nn.Sequential(nn.Linear(IN, OUT), norm).double()), batch()
+    before = model(x)[:B].clone()
+    x[B:] += 10
+    close(model(x)[:B], before)
+
+
+def test_an_attention_of_ones_own_class_is_refused():
+    class Scaled(nn.MultiheadAttention):
+        def forward(self, *args, **options):
+            y, weights = super().forward(*args, **options)
+            return 10 * y, weights
+
+    with pytest.raises(ValueError, match="a class of its own cannot be converted"):
+        convert(nn.Sequential(Scaled(4, 2, batch_first=True)), bare="freeze")
+
+
+@pytest.mark.parametrize("name", ["prefix", "layout", "code", "split", "keys", "values", "lend"])
+@pytest.mark.parametrize("owner", ["leaf", "bare"])
+def test_a_parameter_may_have_any_name(owner, name):
+    class Owner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_parameter(name, nn.Parameter(torch.randn(1, 1, IN)))
+            if owner == "bare":
+                self.child = nn.Identity()
+
+        def forward(self, x):
+            return (x.unsqueeze(1) + getattr(self, name)).squeeze(1)
+
+    plain = nn.Sequential(Owner(), *net()).double()
+    model, x = learn(convert(copy.deepcopy(plain), bare="heads")), batch()[0]
+    lte.merge(model)
+    plain.load_state_dict(lte.merged_state_dict(model))
+    close(model(x), plain(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64])
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_buffer_of_another_type_is_kept_for_each_head(dtype, parallel):
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.ones(IN, dtype=dtype))
+
+        def forward(self, x):
+            return x * self.table.real.to(x.dtype)
+
+    model = convert(nn.Sequential(Table(), *net()), parallel=parallel)
+    model(batch()[0])
+    lte.merge(learn(model))
+    same(lte.merged_state_dict(model)["0.table"], torch.ones(IN, dtype=dtype))
+
+
+WRAPS = {
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "pruned": lambda m: prune.l1_unstructured(m, "weight", 0.5),
+    "buffer": lambda m: m.register_buffer("mask", torch.ones(3)) or m,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("kind", WRAPS)
+def test_a_layer_with_tensors_beside_weight_and_bias_is_copied(kind):
+    def make():
+        torch.manual_seed(0)
+        wrapped = WRAPS[kind](nn.Linear(OUT, OUT))
+        return nn.Sequential(nn.Linear(IN, OUT), wrapped).double()
+
+    plain, model, x = make().eval(), convert(make()).eval(), batch()[0]
+    close(model(x), plain(x))
+    optimizer = torch.optim.SGD(model.train().parameters(), 0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        optimizer.step()
+    lte.merge(model)
+    plain.load_state_dict(lte.merged_state_dict(model))
+    close(model.eval()(x), plain.eval()(x))
+
+
+def test_a_compiled_model_may_be_converted_and_exports_what_is_frozen_too():
+    model = torch.compile(net(), backend="eager")
+    names = list(model.state_dict())
+    model = convert(model, skip=["_orig_mod.0"])
+    model(batch()[0])
+    assert list(lte.merged_state_dict(model)) == names
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2121,7 +2248,7 @@ def test_statistics_take_the_mean_and_stay_positive_while_parameters_keep_what_t
     model = convert(nn.BatchNorm2d(2).double(), r=None)
     model.running_var.heads.copy_(torch.tensor([[900.0], [1.0], [2.0]]))
     learn(model)
-    sent = {name: getattr(model, name).heads.detach().clone() for name in model.names[:4]}
+    sent = {name: getattr(model, name).heads.detach().clone() for name in model._modules}
     work = lte.merge(model, async_op=True)
     learn(model, seed=2, size=0.5)
     for _ in range(6):

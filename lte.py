@@ -1,9 +1,10 @@
 """LoRA-the-Explorer (LTE): train a network from scratch with N parallel low-rank heads.
 
-Every weight W is frozen, and may be stored in 4 bits. N heads, each a LoRA pair (A, B), learn alone
-on their own share of the data for T steps; then the mean of what they learnt is merged into W, and
-they go on. Nothing is sent between merges, and the merged update can reach rank N r. One process
-may run all heads, or P processes N / P each: the result is the same.
+A head is a copy of the network in which every weight matrix W is frozen, shared with all other
+heads, and perhaps stored in 4 bits. What a head trains beside W is a LoRA pair (A, B), and its own
+biases, LayerNorms and embeddings. N heads learn alone, each on its own data, for T steps; then the
+mean of what they learnt is merged into W, and they go on. Nothing is sent between merges, and the
+merged update can reach rank N r. One process or many: on a CPU the result has the same bits.
 
     given W, T, s = lora_alpha / r;  A_n semi-orthogonal, B_n = 0,  A'_n = A_n, B'_n = B_n
     repeat
@@ -13,207 +14,136 @@ may run all heads, or P processes N / P each: the result is the same.
         A'_n <- A_n,  B'_n <- B_n                                         what is merged already
 
 The primed factors are what makes "no reset" exact: a merge moves a head's work into W, so the head
-must stop adding it a second time. Factors and optimizer state just go on. What has no low-rank form
-(biases, LayerNorm, embeddings) every head trains as its own copy, averaged at the merge.
+must stop adding it a second time. Factors and optimizer state just go on.
 
-Use
-    model = lte.convert(ViT(), heads=8, r=32, lora_alpha=256)
-    loss = lte.head_loss(F.cross_entropy(model(x), y, reduction="none"), model)
-    loss.backward(); lte.clip_grad_norm_(model, 1.0); optimizer.step(); optimizer.zero_grad()
-    if step % T == 0: lte.merge(model)
-    lte.save("checkpoints", model, optimizer, step=step)        # step = lte.load(...)["step"]
-    torch.save(lte.merged_state_dict(model), "model.pt")        # loads into a plain ViT()
+Use: three lines more than plain training.
+    model = lte.LTE(ViT(), heads=8, r=32, lora_alpha=256)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0)
+    for step, (x, y) in enumerate(batches, 1):            # head n gets the n-th part of x
+        F.cross_entropy(model(x), y).backward()
+        lte.clip_grad_norm_(model, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % T == 0:
+            lte.merge(model)
+    torch.save(lte.merged_state_dict(model), "model.pt")  # loads into a plain ViT()
 
 Glossary: symbol, name in the code, meaning
-    N       layout.heads    heads over all processes; attention's own heads are `attn_heads`
-    n       layout.local    as a size: how many heads this process has, a block of the N;
-                            as an index: one head
-    P       layout.world    processes; `layout.rank` is this one ("rank" is never the LoRA rank)
-    T                       optimizer steps between merges: the caller's loop decides
-    r       r               rank of one head's factors, cut to min(in, out) of the layer
-    A_n     lora_A          (n, r, in)
-    B_n     lora_B          (n, out, r)
-    A', B'  merged_A, _B    the factors as they were at the last merge
-    s       scaling         lora_alpha / r, with r as given; 1/N is never part of it
-    U, V    U, V            (out, 2r), (2r, in): U V = B A - B' A', a head's update since the merge
-            delta           s U V, what one head adds at the next merge
-    W       weight          (out, in), decoded from the base
-            Copies.heads    (n, *shape), what is copied for each head instead
-            base            how W is stored for the forward pass; the master is its exact fp32 value
-            piece, part     of a tensor a merge takes one piece at a time; each process keeps the
-                            master of its own part of every piece
-    in shapes: b samples of one head, t tokens of a sample, M = b t, i in, o out
+    N, n    model.total     heads, over all processes; `model.heads` are those of this process
+    P       model.world     processes; `model.rank` is this one ("rank" is never the LoRA rank)
+    r, s    r, scaling      rank of one head's factors; s = lora_alpha / r, without 1/N
+    A, B    lora.A, lora.B  (r, in), (out, r), of one head; A', B' as they were at the last merge
+    U, V    U, V            (out, 2r), (2r, in): U V = B A - B' A'; s U V is a head's delta
+    W       Base            what all heads share: its forward format, and the exact master of it
+    M, i, o                 tokens of one head, inputs and outputs of a layer
 
 Source: Huh, Cheung, Bernstein, Isola, Agrawal, "Training Neural Networks from Scratch with Parallel
 Low-Rank Adapters", arXiv 2402.16828. What differs from the paper and from the authors' public code:
     - A is scaled by sqrt(in / r) as in their code; the paper writes the inverse (section 2)
-    - multi-head LoRA (`parallel=False`) has the paper's 1/N, which their code leaves out
-    - biases, LayerNorm, convolutions and class tokens train; theirs freezes or refuses them
-    - the base may be quantized, and merges go to an fp32 master, so that nothing is rounded away
-    - heads may really live on different processes, with the same result bit for bit on a CPU
-Not here: going on without a lost process (the run starts again from its checkpoint, on as many as
-there are then), fp16 loss scaling, tied weights.
-
-Sections: 1 heads and processes - 2 factors - 3 merged tensors - 4 the low-rank layer - 5 what else
-heads own - 6 convert - 7 merge - 8 training helpers - 9 checkpoints - 10 export and counts -
-11 how far apart heads are
+    - multi-head LoRA has the paper's 1/N, which their code leaves out
+    - biases, LayerNorms, embeddings and class tokens train; theirs freezes or refuses them
+    - the base may be quantized, and merges go to an exact master, so that nothing is rounded away
 """
 
+import atexit
 import copy
+import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
-import re
 import shutil
+import types
 import warnings
-from collections import defaultdict
-from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import cache, partial
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import lru_cache, partial
+from itertools import accumulate, groupby
 from pathlib import Path
-from threading import Thread
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.parametrize import ParametrizationList
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # ------------------------------------------------------------------------------------------------
-# 1 heads and processes: which heads live here, sums in a fixed order, seeds
-# ------------------------------------------------------------------------------------------------
+# 1 processes: sums in a fixed order, collectives, seeds
 
 
 def processes():
     """(this process's rank, how many there are): (0, 1) where no group was started."""
-    running = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
-
-
-@dataclass
-class Layout:
-    """What all layers of one converted model share: the heads, the processes, the merges so far."""
-
-    heads: int  # N, over all processes
-    parallel: bool = True  # False: multi-head LoRA, every head sees every sample
-    seed: int = 0
-    world: int = field(init=False)  # P
-    rank: int = field(init=False)
-    merges: int = field(init=False, default=0)
-    left_out: int = field(init=False, default=0)  # heads that a merge left out, all together
-    bytes_sent: int = field(init=False, default=0)  # that left this process, all merges together
-    in_flight: object = field(init=False, default=None)  # the MergeWork that was not waited for
-    names: list = field(init=False, default_factory=list)  # the plain model's state dict keys
-
-    def __post_init__(self):
-        self.rank, self.world = processes()
-        if not isinstance(self.heads, int) or self.heads < 1:
-            raise ValueError(f"heads={self.heads!r}: at least one head is needed, an integer")
-        if self.heads % self.world:
-            raise ValueError(
-                f"{self.heads} heads do not spread over {self.world} processes; "
-                f"use a multiple of {self.world} heads or another number of processes"
-            )
-        if not self.parallel and self.world > 1:
-            raise ValueError(
-                f"multi-head LoRA (parallel=False) needs every head in one process, "
-                f"but {self.world} are running; start one process"
-            )
-
-    @property
-    def local(self):
-        """How many heads this process has; the first of them is head rank * local of the N."""
-        return self.heads // self.world
-
-    def split(self, x):
-        """(n b, ...) -> (n, b, ...): head n of this process gets the n-th chunk of the batch."""
-        if x.dim() < 1 or x.shape[0] % self.local:
-            raise ValueError(
-                f"a batch of {x.shape[0] if x.dim() else 1} samples does not split over "
-                f"{self.local} heads; use a multiple of {self.local}, or drop_last=True"
-            )
-        return x.unflatten(0, (self.local, -1))
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise RuntimeError("torchrun's processes have not met: call init_process_group() first")
+    return 0, 1
 
 
 def tree_sum(term, first, count):
-    """term(first) + ... + term(first + count - 1), added in a fixed binary tree.
+    """term(first) + ... + term(first + count - 1), in a fixed binary tree, into the first.
 
-    Floating-point sums depend on their order. Where every process holds 1, 2, 4, 8 ... heads,
-    its block is a subtree: it adds just what one process with all heads would, and the last bits
-    agree. Other blocks agree up to rounding.
+    With 1, 2, 4 ... heads a process adds a subtree: the same bits as one process with all heads.
     """
     if count == 1:
         return term(first)
     left = 1 << (count - 1).bit_length() - 1  # the largest power of two below count
-    return tree_sum(term, first, left) + tree_sum(term, first + left, count - left)
+    return tree_sum(term, first, left).add_(tree_sum(term, first + left, count - left))
 
 
 class ProcessLost(RuntimeError):
     """Another process ended, failed, or let the others wait longer than the group's timeout."""
 
 
-@contextmanager
-def collective(what):
-    """Whatever a backend says when a process is gone, said in one sentence, as ProcessLost."""
+def collective(call, *args, group=None):
+    """Runs it, if there are several processes; one that is gone or hangs becomes a ProcessLost."""
     try:
-        yield
+        if processes()[1] > 1:
+            call(*args, group=group)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # gloo's and NCCL's: their texts differ with what was cut off
-        reason = str(error).strip().partition("\n")[0].rsplit("] ", 1)[-1].split(". ")[0]
-        raise ProcessLost(
-            f"{what}: another process has ended or hangs; go on from the last checkpoint ({reason})"
-        ) from error
+    except RuntimeError as error:
+        raise ProcessLost(f"another process is gone, go on from a checkpoint: {error}") from error
 
 
-# Renamed in torch 2.14, where the old name warns.
-GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+@lru_cache(maxsize=1)
+def second_group(default, device):
+    """With the default group's timeout; what it sends mixes with nothing else. Collective."""
+    return dist.new_group(timeout=default._get_backend(device).options._timeout)
 
 
-def all_gather(mine, layout, group=None):
-    """(...) of every process -> (P, ...)."""
-    if layout.world == 1:
-        return mine.unsqueeze(0)
-    everyone = mine.new_empty(layout.world, *mine.shape)
-    with collective("all-gather"):
-        getattr(dist, GATHER)(everyone.view(-1), mine.contiguous().view(-1), group=group)
+@atexit.register
+def leave():
+    """Groups that outlive Python's threads may abort the process."""
+    second_group.cache_clear()
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_gather(mine, group=None):
+    """(...) of every process -> (P, ...); alone it is a view."""
+    everyone = mine.expand(processes()[1], *mine.shape).contiguous()
+    collective(dist.all_gather, list(everyone), mine.contiguous(), group=group)
     return everyone
 
 
-def all_to_all(chunks, layout, group=None):
-    """(P, m): chunk p goes to process p; returns (P, m): what process p had for this one."""
-    if layout.world == 1:
-        return chunks
-    arrived = torch.empty_like(chunks)
-    with collective("all-to-all"):
-        dist.all_to_all_single(arrived, chunks, group=group)
-    return arrived
+def from_process_0(tensor):
+    """A contiguous copy of process 0's tensor (gloo would write past a strided one). Collective."""
+    own = tensor.detach().clone(memory_format=torch.contiguous_format)
+    collective(dist.broadcast, own, 0)
+    return own
 
 
 def agree(**values):
-    """Raises ValueError on all processes unless all of them gave the same values. Collective.
-
-    Called before anything else is exchanged: processes that were started differently would wait
-    for each other in different collectives, or average what does not belong together.
-    """
+    """Raises on all processes, unless all were started alike. Waits for them. Collective."""
     everyone = [values] * processes()[1]
-    if len(everyone) == 1:
-        return
-    with collective("comparing the processes"):
-        dist.all_gather_object(everyone, values)
-    for rank, theirs in enumerate(everyone):
-        for name in everyone[0] | theirs:
-            mine, other = everyone[0].get(name), theirs.get(name)
-            if mine != other:
-                raise ValueError(
-                    f"process {rank} has {name} = {other!r}, process 0 has {mine!r}; "
-                    "start all processes with the same settings and code"
-                )
+    collective(dist.all_gather_object, everyone, values)
+    for rank, other in enumerate(everyone):
+        if different := sorted(other.items() ^ everyone[0].items(), key=str):
+            raise ValueError(f"processes 0 and {rank} differ in {different}; start all alike")
 
 
 def seed_of(*key):
@@ -221,27 +151,31 @@ def seed_of(*key):
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
-def generator(*key, device="cpu"):
-    """A random generator started from seed_of(*key)."""
-    return torch.Generator(device).manual_seed(seed_of(*key))
+@contextmanager
+def seeded(devices, *key):
+    """Draws inside depend on `key` alone, and those outside not on what is drawn inside."""
+    cuda = [device.index for device in devices if device.type == "cuda"]
+    with torch.random.fork_rng(cuda):
+        # The generators themselves: torch.manual_seed takes a hundred times as long.
+        for g in torch.default_generator, *(torch.cuda.default_generators[i] for i in cuda):
+            g.manual_seed(seed_of(*key))
+        yield
 
 
 # ------------------------------------------------------------------------------------------------
 # 2 factors: A's initialisation, and the update as one product
-# ------------------------------------------------------------------------------------------------
 
 INITS = ("orthogonal", "orthogonal_paper", "kaiming", "xavier")
 
 
 def init_A(shape, init, *key, dtype=torch.float32):
-    """One head's A (r, in), drawn from `key` = (seed, merge, layer, head).
+    """One head's A (r, in), drawn from `key` = (seed, head, weight's name, merge).
 
-    "orthogonal" makes orthonormal rows times sqrt(in / r): an entry's mean square is then 1 / r
-    whatever the width. The paper writes sqrt(r / in) for such a matrix ("orthogonal_paper"), but
-    its rates fit the authors' code, which has the inverse.
+    "orthogonal": orthonormal rows times sqrt(in / r), so that an entry's mean square is 1 / r at
+    every width. The paper writes sqrt(r / in) ("orthogonal_paper"), but its rates fit the code.
     """
     r, i = shape
-    A, g = torch.empty(shape, dtype=dtype), generator(*key)
+    A, g = torch.empty(shape, dtype=dtype), torch.Generator().manual_seed(seed_of(*key))
     if init == "kaiming":
         return nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=g)
     if init == "xavier":
@@ -251,1368 +185,752 @@ def init_A(shape, init, *key, dtype=torch.float32):
 
 
 def factor_update(A, B, merged_A, merged_B):
-    """U (..., out, 2r), V (..., 2r, in) with U V = B A - B' A'.
+    """U (out, 2r), V (2r, in) with U V = B A - B' A'.
 
         U = [B - B', B'],  V = [A; A - A']:   U V = (B - B') A + B' (A - A') = B A - B' A'
 
-    The difference of the two products would cancel: right after a merge it is rounding noise, not
-    zero. This form is zero exactly where nothing changed, and keeps small progress to 1e-7.
+    The plain difference would cancel: right after a merge it is rounding noise. This form is zero
+    exactly where nothing changed, and keeps small progress to 1e-7.
     """
-    return torch.cat([B - merged_B, merged_B], -1), torch.cat([A, A - merged_A], -2)
+    return torch.cat([B - merged_B, merged_B], 1), torch.cat([A, A - merged_A])
 
 
 # ------------------------------------------------------------------------------------------------
-# 3 merged tensors: one dense tensor in rows of 64 weights, and its exact master
-# ------------------------------------------------------------------------------------------------
+# 3 base: what all heads share, in rows of 64 weights, and its exact master
 
 BASES = ("fp32", "bf16", "int8", "nf4", "fp4")
-QUANTIZED = BASES[2:]  # by bitsandbytes
 BLOCK = 64  # weights a row; a row carries its own scale, so that any slice of rows stands alone
-PIECE = 4096  # rows: a merge forms, sends and adds a tensor by pieces of so many, whatever P is
 
 
-def bitsandbytes():
-    """bitsandbytes' functional quantization, imported when a quantized base first needs it."""
-    try:
-        import bitsandbytes.functional as bnb
-    except ImportError as error:
-        raise ImportError(
-            "int8, nf4 and fp4 need the package bitsandbytes: pip install bitsandbytes"
-        ) from error
-    return bnb
+def check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: use one of {', '.join(choices)}")
+    if value in ("int8", "nf4", "fp4") and importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(f"{name}={value!r} needs bitsandbytes: pip install bitsandbytes")
 
 
-def encode(x, base):
-    """(rows, 64) floats -> (rows, bytes): 128 bytes bf16, 68 int8, 36 nf4 or fp4; fp32 as it is.
-
-    int8 is bitsandbytes' dynamic 8-bit code, nf4 and fp4 its 4-bit codes, each with one fp32 absmax
-    a row, which ends the row.
-    """
-    if base == "fp32":
+def encode(x, format):
+    """(rows, 64) floats -> (rows, bytes): 128 bytes bf16, 68 int8, 36 nf4 or fp4; fp32 as it is."""
+    if format == "fp32":
         return x
-    if base == "bf16":
+    if format == "bf16":
         return x.bfloat16().view(torch.uint8)
-    x = x.float().contiguous()
-    if base == "int8":
-        codes, state = bitsandbytes().quantize_blockwise(x, blocksize=BLOCK)
-    else:
-        codes, state = bitsandbytes().quantize_4bit(x, blocksize=BLOCK, quant_type=base)
+    bnb, x = importlib.import_module("bitsandbytes.functional"), x.float().contiguous()
+    if x.is_cuda:  # it quantizes on the default stream, whatever stream is current
+        torch.cuda.current_stream(x.device).synchronize()
+    four_bits = partial(bnb.quantize_4bit, quant_type=format)
+    quantize = bnb.quantize_blockwise if format == "int8" else four_bits
+    codes, state = quantize(x, blocksize=BLOCK)
+    if x.is_cuda:
+        torch.cuda.current_stream(x.device).wait_stream(torch.cuda.default_stream(x.device))
     return torch.cat([codes.view(len(x), -1), state.absmax.view(-1, 1).view(torch.uint8)], 1)
 
 
-def decode(rows, base, dtype):
+def decode(rows, format, dtype):
     """(rows, bytes) -> (rows, 64) in `dtype`: what the forward pass multiplies with."""
-    if base == "fp32":
+    if format == "fp32":
         return rows
-    if base == "bf16":
+    if format == "bf16":
         return rows.view(torch.bfloat16).to(dtype)
-    bnb, shape = bitsandbytes(), (len(rows), BLOCK)
+    bnb = importlib.import_module("bitsandbytes.functional")
     codes, absmax = rows[:, :-4].contiguous(), rows[:, -4:].contiguous().view(torch.float32)
-    if base == "int8":
+    if format == "int8":
         return bnb.dequantize_blockwise(codes, absmax=absmax.flatten(), blocksize=BLOCK).to(dtype)
-    state = bnb.QuantState(
-        absmax.flatten(), shape=shape, dtype=torch.float32, blocksize=BLOCK, quant_type=base
-    )
+    like = dict(shape=(len(rows), BLOCK), dtype=torch.float32)
+    state = bnb.QuantState(absmax.flatten(), blocksize=BLOCK, quant_type=format, **like)
     return bnb.dequantize_4bit(codes.view(-1, 1), state).to(dtype)
 
 
-class Merged(nn.Module):
-    """A dense tensor that no gradient touches and every merge adds to.
+class Base(nn.Module):
+    """A tensor of the plain model as all heads share it: no gradient touches it, merges add to it.
 
-    `rows` is the whole tensor in its forward format, equal on all processes. Of every piece of it
-    (at most PIECE rows) each process keeps one part in full precision, the `master`: merges go
-    there, and `rows` is always its rounding, so nothing is lost however coarse the base. For "fp32"
-    the rows are the master. A merge asks of a subclass:
-        decays                    does weight decay shrink it?
-        learnt()                  what the heads here train, as it is now, tensors (n, ...)
-        bound(learnt)             (n,): no weight changes by more; NaN or inf: cannot be added
-        delta(learnt, h, piece)   head h's change of a piece since the last merge, flat
-        roll_back(learnt, h)      head h starts again from the merged model
-        install(learnt)           what was learnt is merged now: go on from there
+    `rows` is the whole tensor in its forward format, equal on all processes, with zeros at the end
+    so that each of the P processes has a `share` to look after. Merges go to the exact value of the
+    share, the `shard` (a `master` where rows round it): nothing is lost however coarse the format.
     """
 
-    decays = False
-
-    def __init__(self, tensor, layout, base="fp32"):
+    def __init__(self, name, tensor, kind, format):
         super().__init__()
-        self.layout, self.base, self.plain = layout, base, ""  # plain: its name in the plain model
+        self.name, self.low_rank, self.statistic = name, kind == "low-rank", kind == "statistic"
+        self.format = format if self.low_rank else "fp32"
         self.shape, self.numel = tensor.shape, tensor.numel()
-        rows = F.pad(tensor.detach().flatten(), (0, -self.numel % BLOCK)).view(-1, BLOCK)
-        self.register_buffer("rows", encode(rows, base))
-        parts = [rows[self.part(piece)] for piece in self.pieces]
-        self.register_buffer("master", torch.cat(parts) if parts and base != "fp32" else None)
+        self.rank, self.world = processes()
+        self.share = math.ceil(self.numel / BLOCK / self.world)
+        self.mine = slice(self.rank * self.share, (self.rank + 1) * self.share)  # of the rows
+        self.learners = []  # what each head here has in its place: a LowRank, or a Copy
+        self.outer = None  # the shard, as an outer optimizer's parameter (section 6)
+        rows = self.to_rows(from_process_0(tensor))
+        self.register_buffer("rows", encode(rows, self.format))
+        shard = rows[self.mine].clone() if self.world > 1 else rows
+        self.register_buffer("master", None if self.format == "fp32" else shard)
 
     @property
-    def pieces(self):
-        """Slices of the rows. They do not depend on P, so neither do the bits of what is formed."""
-        count = math.ceil(self.numel / BLOCK)
-        return [slice(k, min(k + PIECE, count)) for k in range(0, count, PIECE)]
+    def shard(self):
+        """(share, 64): this process's share, exact."""
+        return self.rows[self.mine] if self.master is None else self.master
 
-    def share(self, piece, P=None):
-        """Rows of a piece that one of P processes keeps (P: those running); the last get fewer."""
-        return math.ceil((piece.stop - piece.start) / (P or self.layout.world))
+    def to_rows(self, tensor):
+        """(shape) -> (P share, 64), zeros at the end."""
+        missing, flat = self.world * self.share * BLOCK - self.numel, tensor.flatten()
+        return (F.pad(flat, (0, missing)) if missing else flat).view(-1, BLOCK)
 
-    def part(self, piece):
-        """Which rows of a piece this process keeps the master of, a slice."""
-        share = self.share(piece)
-        first = min(piece.start + self.layout.rank * share, piece.stop)
-        return slice(first, min(first + share, piece.stop))
-
-    def master_part(self, piece):
-        """(rows, 64): this process's part of a piece of the master, a view."""
-        part = self.part(piece)
-        if self.master is None:
-            return self.rows[part]
-        full = self.part(slice(0, PIECE))  # of each of the pieces before this one
-        first = piece.start // PIECE * (full.stop - full.start)
-        return self.master[first : first + part.stop - part.start]
-
-    def padded(self, part, piece):
-        """A part filled up with zeros to share(piece) rows, since all processes send as many."""
-        return F.pad(part, (0, 0, 0, self.share(piece) - len(part)))
-
-    def gathered(self, piece):
-        """(rows, 64): a piece of the master, from all processes. Collective."""
-        part = self.padded(self.master_part(piece), piece)
-        return all_gather(part, self.layout).flatten(0, 1)[: piece.stop - piece.start]
-
-    def from_rows(self, rows):
-        """(rows, 64) -> (shape), the padding dropped."""
+    def to_tensor(self, rows):
+        """(..., 64) -> (shape), the zeros dropped."""
         return rows.flatten()[: self.numel].view(self.shape)
 
-    @property
-    def dtype(self):
-        """Of the master, and of W as it is decoded: float32 or float64."""
-        dtype = self.rows.dtype if self.master is None else self.master.dtype
-        if dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"the converted model was cast to {dtype}; keep it in float32 (or float64) and "
-                "compute in bfloat16 under torch.autocast instead"
-            )
-        return dtype
+    def whole(self, x):
+        """(share, 64) of every process -> (shape); no number, equal on all. Collective."""
+        return self.to_tensor(all_gather(x)) if torch.is_tensor(x) and x.dim() else x
+
+    def share_of(self, x):
+        """(shape) -> (share, 64), what this process looks after; no number."""
+        return self.to_rows(x)[self.mine] if torch.is_tensor(x) and x.dim() else x
 
     def dense(self):
-        """The merged tensor as the forward pass sees it; a view of the rows for "fp32"."""
-        return self.from_rows(decode(self.rows, self.base, self.dtype))
+        """The tensor as the forward pass sees it; a view of the rows for "fp32"."""
+        return self.to_tensor(decode(self.rows, self.format, self.shard.dtype))
+
+    weight = property(lambda self: self.dense().clone())  # the merged model's; code may write it
 
     def exact(self):
-        """The merged tensor without rounding, a new tensor. Collective for a quantized base."""
-        if self.master is None:
-            return self.dense().clone()
-        return self.from_rows(torch.cat([self.gathered(piece) for piece in self.pieces]))
+        """The tensor without rounding. Collective for a quantized base."""
+        return self.dense() if self.master is None else self.whole(self.master)
 
 
 # ------------------------------------------------------------------------------------------------
-# 4 the low-rank layer: one head's product, and the layer
-# ------------------------------------------------------------------------------------------------
+# 4 what a head trains: factors beside a weight, copies of everything else
 
 
-def formed_is_cheaper(tokens, o, i):
-    """Is W + s U V better formed as one matrix, or multiplied factor by factor ("textbook")?
-
-    Multiply-adds of one head with M tokens (of all its samples together), forward and backward,
-    beside the 2 M o i of W itself:
-
-        textbook  (x V^T) U^T and (g U) V     4 M r (o + i)      x A^T, dA, dB     M r (o + 2 i)
-        formed    W + s U V, twice            4 o i r            x A^T, g B, dA, dB  2 M r (o + i)
-
-    U and V have rank 2r, and g B is there with g U. So forming pays where M (3 o + 4 i) > 4 o i:
-    from 4/7 of the width on for a square layer, whatever r.
-    """
-    return tokens * (3 * o + 4 * i) > 4 * o * i
-
-
-def aligned(x):
-    """x, copied where it does not start a cache line.
-
-    The last bits of a product may depend on where its operands lie. A head's lie differently where
-    it has other neighbours, so all of them, and the results, start a cache line.
-    """
-    return x if torch.compiler.is_compiling() or x.data_ptr() % 64 == 0 else x.clone()
-
-
-def aligned_empty(like, n, rows, columns):
-    """(n, rows, columns), not filled, with gaps between the n where they would not be aligned."""
-    line = 64 // like.element_size()
-    stride = math.ceil(rows * columns / line) * line
-    return like.new_empty_strided((n, rows, columns), (stride, columns, 1))
-
-
-class HeadProduct(torch.autograd.Function):
-    """y = x (W + s U V)^T + bias, head by head.
-
-    x (n, M, i), A (n, r, i), B (n, o, r), bias (n, o) or None -> y (n, M, o)
+class Product(torch.autograd.Function):
+    """y = x (W + s U V)^T + bias, for M tokens x (M, i) of one head -> y (M, o).
 
         dx = g (W + s U V),    dB = s g^T (x A^T),    dA = s (g B)^T x,    dbias = g^T 1
 
-    Beside the layer's own tensors only x is kept for the backward pass: W is decoded from its rows
-    again, and W + s U V, where it is formed, is formed again, each head's in the place of the last
-    one's. Under autocast it is formed in full precision and rounded once, as dense training rounds
-    its W.
+    W has no gradient: two of three products are left. Only x is kept, W + s U V formed twice.
     """
 
     @staticmethod
-    def forward(ctx, x, A, B, bias, merged_A, merged_B, W, s, rows, base):
-        device, ctx.x_dtype, ctx.s, ctx.base = x.device.type, x.dtype, s, base
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
-        ctx.save_for_backward(x, A, B, merged_A, merged_B, rows)
-        y = aligned_empty(x, *x.shape[:2], len(W))  # (n, M, o)
-        form = formed_is_cheaper(x.shape[1], *W.shape)
-        formed, W_x = (torch.empty_like(W), None) if form else (None, W.to(x.dtype))
-        bias = y.new_zeros(len(y), len(W)) if bias is None else bias.to(y.dtype)
-        update = factor_update(A, B, merged_A, merged_B)
-        for x_n, y_n, bias_n, *own in zip(x, y, bias, *update, strict=True):
-            x_n, U, V = map(aligned, (x_n, *own))
-            if form:
-                torch.addmm(W, U, V, alpha=s, out=formed)  # W + s U V
-                torch.addmm(bias_n, x_n, formed.to(x.dtype).mT, out=y_n)
-            else:
-                torch.addmm(bias_n, x_n, W_x.mT, out=y_n)
-                y_n.addmm_(x_n @ V.to(x.dtype).mT, U.to(x.dtype).mT, alpha=s)
-        return y
+    def formed(tokens, W):
+        """Forming W + s U V takes 2 r o i multiply-adds, (x V^T) U^T takes 2 r M (o + i)."""
+        return tokens * sum(W.shape) > W.numel()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def operands(x, A, B, lora):
+        """(W + s U V, None, None) if that is formed, else (W, s U, V), in the dtype of x."""
+        with torch.autocast(x.device.type, enabled=False):
+            W, (U, V) = lora.base.dense(), factor_update(A, B, lora.merged_A, lora.merged_B)
+            if Product.formed(len(x), W):
+                return torch.addmm(W, U, V, alpha=lora.scaling).to(x.dtype), None, None
+            return W.to(x.dtype), (lora.scaling * U).to(x.dtype), V.to(x.dtype)
+
+    @staticmethod
+    def forward(ctx, x, bias, A, B, lora):
+        # Of these only x is new; of what a merge changes backward then sees that it was changed.
+        ctx.save_for_backward(x, A, B, lora.merged_A, lora.merged_B, lora.base.rows)
+        ctx.lora = lora
+        W, U, V = Product.operands(x, A, B, lora)
+        if U is None:
+            return F.linear(x, W, None if bias is None else bias.to(x.dtype))
+        # Rounded once. (Added to an x W^T in bfloat16, half of an update of 1e-3 of W is lost.)
+        y = torch.addmm(x @ V.mT @ U.mT, x, W.mT)
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
     def backward(ctx, g):
-        with torch.autocast(g.device.type, enabled=False):  # it may be called inside
-            return HeadProduct.gradients(ctx, g)
-
-    @staticmethod
-    def gradients(ctx, g):
-        x, A, B, merged_A, merged_B, rows = ctx.saved_tensors
-        s, r, o, i = ctx.s, A.shape[1], B.shape[1], A.shape[2]
-        need_dx, need_dbias = ctx.needs_input_grad[0], ctx.needs_input_grad[3]
-        dx, dA, dB = (aligned_empty(x, *like.shape) for like in (x, A, B))
-        dbias = A.new_zeros(len(B), o)  # full precision: a sum over all tokens
-        W = decode(rows, ctx.base, A.dtype).flatten()[: o * i].view(o, i)
-        form = formed_is_cheaper(x.shape[1], o, i)
-        formed, W_x = (torch.empty_like(W), None) if form else (None, W.to(x.dtype))
-        factors = A.to(x.dtype), B.to(x.dtype), *factor_update(A, B, merged_A, merged_B)
-        for x_n, g_n, dx_n, dA_n, dB_n, dbias_n, *own in zip(
-            x, g, dx, dA, dB, dbias, *factors, strict=True
-        ):
-            x_n, g_n, A_n, B_n, U, V = map(aligned, (x_n, g_n, *own))
-            torch.mm(g_n.mT, x_n @ A_n.mT, out=dB_n)
-            if form or not need_dx:
-                gB = g_n @ B_n
-            else:  # g U = [g (B - B'), g B'] is needed anyway
-                gU = g_n @ U.to(x.dtype)
-                gB = gU[:, :r] + gU[:, r:]
-            torch.mm(gB.mT, x_n, out=dA_n)
-            if need_dbias:
-                torch.sum(g_n, 0, dtype=A.dtype, out=dbias_n)
-            if need_dx and form:
-                torch.addmm(W, U, V, alpha=s, out=formed)
-                torch.mm(g_n, formed.to(x.dtype), out=dx_n)
-            elif need_dx:
-                torch.mm(g_n, W_x, out=dx_n)
-                dx_n.addmm_(gU, V.to(x.dtype), alpha=s)
-        dA, dB = (d.to(A.dtype).mul_(s) for d in (dA, dB))
-        dx, dbias = dx.to(ctx.x_dtype) if need_dx else None, dbias if need_dbias else None
-        return dx, dA, dB, dbias, *[None] * 6
+        (x, A, B, *_), lora, s = ctx.saved_tensors, ctx.lora, ctx.lora.scaling
+        dB = ((x @ (s * A).to(x.dtype).mT).mT @ g).mT  # (g^T h)^T = h^T g, the faster way round
+        dA = (g @ (s * B).to(x.dtype)).mT @ x
+        dbias = g.sum(0, dtype=A.dtype) if ctx.needs_input_grad[1] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            W, U, V = Product.operands(g, A, B, lora)
+            dx = g @ W if U is None else torch.addmm(g @ U @ V, g, W)
+        return dx, dbias, dA, dB, None
 
 
-def side_by_side(A, B):
-    """The N heads' A (N, r, i), B (N, o, r) as one pair of rank N r: (1, N r, i), (1, o, N r)."""
-    return A.flatten(0, 1).unsqueeze(0), B.transpose(0, 1).flatten(1).unsqueeze(0)
+class LowRank(nn.Module):
+    """What one head trains beside a weight W (out, ...): factors A (r, in), B (out, r).
 
-
-def largest(x):
-    """(n, ...) -> (n,): each head's largest absolute value, NaN if it holds one."""
-    low, high = x.reshape(len(x), -1).aminmax(dim=1)  # unlike abs() it takes no memory
-    return torch.maximum(-low, high)
-
-
-class MultiheadLoRALinear(Merged):
-    """A linear layer with a frozen W and N low-rank heads.
-
-        parallel=True   LTE:              y_n = W x_n + s (B_n A_n - B'_n A'_n) x_n + bias_n
-        parallel=False  multi-head LoRA:  y = W x + (1/N) sum_n [s (B_n A_n - B'_n A'_n) x + bias_n]
-
-    In eval the merged model alone: W and the merged bias, for a batch of any size.
-
-    Usually made by convert, whose arguments these are; a layer built by hand is a model of its own,
-    with its own merges.
-    Source: the paper's equations of multi-head LoRA and of LTE.
+    Multi-head LoRA is one head whose factors are those of N heads side by side, with s / N, since
+    sum_n B_n A_n = [B_1 .. B_N] [A_1; ..; A_N]. `numbers` says which heads these are.
     """
 
-    decays = True
-
-    def __init__(self, in_features, out_features, *, heads, r, lora_alpha, bias=True, base="fp32",
-                 parallel=True, init="orthogonal", seed=0):
-        check_options(r=r, lora_alpha=lora_alpha, base=base, init=init)
-        layout, linear = Layout(heads, parallel, seed), nn.Linear(in_features, out_features, bias)
-        layout.names = list(linear.state_dict())
-        broadcast(linear, layout)
-        self.setup(linear.weight, linear.bias, layout, r, lora_alpha, base, init)
-
-    # __init__ makes new weights, `of` takes given ones; both end in `setup`.
-
-    @classmethod
-    def of(cls, weight, bias, prefix, layout, *, r, lora_alpha, base, init):
-        """The layer for given weight (out, in) and bias; `prefix` is its name in the model."""
-        layer = cls.__new__(cls)
-        layer.setup(weight, bias, layout, r, lora_alpha, base, init, prefix)
-        return layer
-
-    def setup(self, weight, bias, layout, r, lora_alpha, base, init, prefix=""):
-        super().__init__(weight, layout, base)
-        self.out_features, self.in_features = weight.shape[0], weight[0].numel()
-        self.scaling = lora_alpha / r
-        self.r = min(r, self.in_features, self.out_features)
-        self.init, self.plain = init, prefix + "weight"
-        A = self.draw_A(weight).to(weight.device)  # (n, r, in)
-        B = A.new_zeros(layout.local, self.out_features, self.r)  # (n, out, r)
-        self.lora_A = nn.Parameter(A, requires_grad=weight.requires_grad)
-        self.lora_B = nn.Parameter(B, requires_grad=weight.requires_grad)
+    def __init__(self, base, numbers, *, r, lora_alpha, init, seed):
+        super().__init__()
+        self.__dict__["base"] = base  # not a child: all heads share it
+        out, inputs = base.shape[0], base.numel // base.shape[0]
+        self.shape = min(r, out, inputs), inputs  # of one head's A
+        self.numbers, self.init, self.seed = numbers, init, seed
+        self.scaling = lora_alpha / r / len(numbers)
+        A = self.draw_A(merges=0)
+        self.A, self.B = nn.Parameter(A), nn.Parameter(A.new_zeros(out, len(A)))
         self.register_buffer("merged_A", A.clone())
-        self.register_buffer("merged_B", B.clone())
-        self.bias_copies = None if bias is None else Copies(bias, layout, prefix + "bias")
+        self.register_buffer("merged_B", torch.zeros_like(self.B))
 
-    def draw_A(self, like):
-        """(n, r, in): every head its own, the same whichever process holds it."""
-        shape, layout = (self.r, self.in_features), self.layout
-        keys = [
-            (layout.seed, layout.merges, self.plain, layout.rank * layout.local + h)
-            for h in range(layout.local)
-        ]
-        return torch.stack([init_A(shape, self.init, *key, dtype=like.dtype) for key in keys])
+    def draw_A(self, merges):
+        """(r, in), or (N r, in): the same whichever process draws it."""
+        keys = [(self.seed, n, self.base.name, merges) for n in self.numbers]
+        A = [init_A(self.shape, self.init, *key, dtype=self.base.shard.dtype) for key in keys]
+        return torch.cat(A).to(self.base.rows.device)
 
     @property
     def weight(self):
-        """W (out, in), frozen, as the forward pass sees it."""
-        return self.dense().view(self.out_features, self.in_features)
+        """W + s U V, for code that reads the weight instead of calling a layer."""
+        return self.base.dense() + self.delta((self.A, self.B))
 
-    @property
-    def bias(self):
-        """(n, out), one bias a head; None without."""
-        return None if self.bias_copies is None else self.bias_copies.heads
-
-    def forward(self, x):
-        bias = None if self.bias_copies is None else self.bias_copies.value()
-        if not self.training:
-            return F.linear(x, self.weight, bias)
-        now, then = (self.lora_A, self.lora_B), (self.merged_A, self.merged_B)
-        if self.layout.parallel:
-            s, x_n = self.scaling, self.layout.split(x).flatten(1, -2)  # (n, b t, i)
-        else:  # all samples to one head of rank N r, with s / N
-            s, x_n = self.scaling / self.layout.heads, x.reshape(1, -1, self.in_features)
-            now, then = side_by_side(*now), side_by_side(*then)
-        bias = None if bias is None else bias.view(len(x_n), -1)  # (n, o), or (1, o) for all
-        y_n = HeadProduct.apply(x_n, *now, bias, *then, self.weight, s, self.rows, self.base)
-        return y_n.reshape(*x.shape[:-1], self.out_features)
+    # A merge asks a learner what it holds and what that adds, then to go on from it, or restart.
 
     def learnt(self):
-        return [self.lora_A.detach(), self.lora_B.detach()]
+        return self.A.detach(), self.B.detach()
 
-    def bound(self, learnt):
-        A, B = (largest(x) for x in learnt)
-        A, B = A + largest(self.merged_A), B + largest(self.merged_B)
-        return self.scaling * 2 * self.r * A * B  # U V has entries of 2 r terms
-
-    def delta(self, learnt, h, piece):
-        """s (B A - B' A') of the h-th head here: the weights of a piece, flat."""
-        (A, B), i = learnt, self.in_features
-        first, last = piece.start * BLOCK, min(piece.stop * BLOCK, self.numel)
-        top, bottom = first // i, math.ceil(last / i)  # the outputs that the piece touches
-        U, V = factor_update(A[h], B[h, top:bottom], self.merged_A[h], self.merged_B[h, top:bottom])
-        return (self.scaling * U @ V).flatten()[first - top * i : last - top * i]
-
-    def roll_back(self, learnt, h):
-        """The factors of the last merge: the update is zero, and the head is the merged model."""
-        for A, B in (learnt, (self.lora_A, self.lora_B)):
-            A[h], B[h] = self.merged_A[h], self.merged_B[h]
+    def delta(self, learnt):
+        with torch.autocast(self.A.device.type, enabled=False):  # in full precision
+            U, V = factor_update(*learnt, self.merged_A, self.merged_B)
+            return (self.scaling * U @ V).view(self.base.shape)
 
     def install(self, learnt):
-        """After a merge: what these factors say is in W already."""
         self.merged_A.copy_(learnt[0])
         self.merged_B.copy_(learnt[1])
 
-    def reset(self, which):
-        """B <- 0, and for "AB" a new A: the head starts again, from W; returns what was reset."""
+    def restart(self):
+        self.A.copy_(self.merged_A)
+        self.B.copy_(self.merged_B)
+
+    def reset(self, which, merges, states):
+        """B <- 0, and for "AB" a new A; the optimizer forgets all it knew of them."""
+        self.B.zero_()
+        states.pop(self.B, None)
         if which == "AB":
-            self.lora_A.copy_(self.draw_A(self.lora_A))
-        self.lora_B.zero_()
+            self.A.copy_(self.draw_A(merges))
+            states.pop(self.A, None)
         self.install(self.learnt())
-        return [self.lora_A, self.lora_B] if which == "AB" else [self.lora_B]
-
-    def extra_repr(self):
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
-            f"heads={self.layout.heads}, scaling={self.scaling:g}, base={self.base}"
-        )
 
 
-# ------------------------------------------------------------------------------------------------
-# 5 what else heads own: copies of everything that has no low-rank form
-# ------------------------------------------------------------------------------------------------
+class Copy:
+    """What one head trains in place of any other tensor; statistics become their plain mean."""
 
-
-class Copies(Merged):
-    """One copy of a tensor a head: heads (n, *shape), averaged at the merge."""
-
-    def __init__(self, tensor, layout, plain):
-        super().__init__(tensor, layout)
-        self.plain = plain
-        stacked = torch.stack([tensor.detach()] * layout.local)
-        if isinstance(tensor, nn.Parameter):
-            self.heads = nn.Parameter(stacked, requires_grad=tensor.requires_grad)
-        else:
-            self.register_buffer("heads", stacked)
-
-    def value(self):
-        """LTE: (n, *shape). Multi-head LoRA: the heads' mean. In eval: the merged tensor."""
-        if not self.training:
-            return self.dense()
-        return self.heads if self.layout.parallel else self.heads.mean(0)
-
-    def per_sample(self, samples):
-        """value() for each sample: LTE (n b, *shape), its head's copy. Else (1, *shape)."""
-        if self.training and self.layout.parallel:
-            return self.heads.repeat_interleave(samples // self.layout.local, 0)
-        return self.value().unsqueeze(0)
+    def __init__(self, base, owner, attribute):
+        self.base, self.owner, self.attribute = base, owner, attribute
 
     def learnt(self):
-        return [self.heads.detach()]
+        return (getattr(self.owner, self.attribute).detach(),)
 
-    def bound(self, learnt):
-        return largest(learnt[0]) + largest(self.dense().unsqueeze(0))
-
-    def delta(self, learnt, h, piece):
-        weights = slice(piece.start * BLOCK, piece.stop * BLOCK)
-        return learnt[0][h].flatten()[weights] - self.dense().flatten()[weights]
-
-    def roll_back(self, learnt, h):
-        learnt[0][h] = self.heads[h] = self.dense()
+    def delta(self, learnt):
+        return learnt[0].double() if self.base.statistic else learnt[0] - self.base.dense()
 
     def install(self, learnt):
-        """After a merge every head goes on from the mean, plus what it learnt meanwhile.
+        """On from the mean, plus what was learnt meanwhile (a variance could turn negative)."""
+        if self.base.statistic:
+            return self.restart()
+        self.learnt()[0].sub_(learnt[0]).add_(self.base.dense())
 
-        Statistics (buffers) just take the mean: plus a difference, a variance may turn negative.
-        """
-        if isinstance(self.heads, nn.Parameter):
-            self.heads.sub_(learnt[0]).add_(self.dense())
-        else:
-            self.heads.copy_(self.dense())
-
-
-class PerHead(nn.Module):
-    """Any module that owns parameters or buffers, with one copy of them a head.
-
-    torch.func runs the module's own code on the stacked copies, head n on its chunk of the batch;
-    one head after the other, since a batched convolution's last bits depend on how many there are.
-    Buffers of whole numbers (BatchNorm's counter), with inf (masks) or of size 0 are stacked too
-    but not averaged: they are equal.
-    """
-
-    def __init__(self, module, prefix, layout):
-        super().__init__()
-        self.layout, self.prefix = layout, prefix
-        tensors = dict(module.named_parameters(recurse=False))
-        tensors |= dict(module.named_buffers(recurse=False))
-        for name, tensor in tensors.items():
-            exact = tensor.dtype in (torch.float32, torch.float64)
-            statistic = exact and tensor.numel() and tensor.isfinite().all()
-            if isinstance(tensor, nn.Parameter) or statistic:
-                self._modules[name] = Copies(tensor, layout, prefix + name)
-            else:
-                self._buffers[name] = torch.stack([tensor] * layout.local)
-        # Not a child, and without memory of its own: only its forward is used.
-        self.__dict__["code"] = module.to("meta")
-
-    def forward(self, *args, **kwargs):
-        self.code.training = self.training
-        call = partial(torch.func.functional_call, self.code)
-        copies = self._modules | self._buffers  # by whatever name, even one of our own attributes
-        stacked = {n: c.heads if isinstance(c, Copies) else c for n, c in copies.items()}
-        if not (self.training and self.layout.parallel):
-            state = {n: c.value() if isinstance(c, Copies) else c[0] for n, c in copies.items()}
-            y = call(state, args, kwargs)
-            for name, heads in stacked.items() if self.training else ():
-                if not isinstance(heads, nn.Parameter):  # what the code did to the buffers' mean
-                    heads.copy_(state[name].expand_as(heads))
-            return y
-        state = {name: heads.unbind(0) for name, heads in stacked.items()}
-        leaves, spec = tree_flatten((args, kwargs))
-        chunks = [self.split(j, x) for j, x in enumerate(leaves)]
-        outputs = []
-        for h in range(self.layout.local):
-            own_state = {name: heads[h] for name, heads in state.items()}
-            own = tree_unflatten([chunk[h] for chunk in chunks], spec)
-            y, out_spec = tree_flatten(call(own_state, *own))
-            outputs.append(y)
-        joined = [self.join(j, y) for j, y in enumerate(zip(*outputs, strict=True))]
-        return tree_unflatten(joined, out_spec)
-
-    def batch_dim(self, j):
-        """The batch is first, but in all tensors of a recurrent layer after its x or y second."""
-        return int(isinstance(self.code, nn.RNNBase) and j > 0)
-
-    def split(self, j, x):
-        """What each head here gets of the j-th argument."""
-        if not isinstance(x, torch.Tensor):
-            return [x] * self.layout.local
-        dim = self.batch_dim(j)
-        chunks = self.layout.split(x.movedim(dim, 0))
-        return [aligned(own.movedim(0, dim).contiguous() if dim else own) for own in chunks]
-
-    def join(self, j, y):
-        """The j-th result from each head's."""
-        return torch.cat(y, self.batch_dim(j)) if isinstance(y[0], torch.Tensor) else y[0]
-
-    def extra_repr(self):
-        return f"{self.code}, heads={self.layout.heads}"
+    def restart(self):
+        self.learnt()[0].copy_(self.base.dense())
 
 
-class PatchConv(MultiheadLoRALinear):
-    """Conv2d whose kernel equals its stride: a linear layer on the patches, each (c, k, k)."""
-
-    @staticmethod
-    def fits(conv):
-        return (
-            type(conv) is nn.Conv2d
-            and conv.kernel_size == conv.stride
-            and conv.padding in ((0, 0), "valid")
-            and conv.dilation == (1, 1)
-            and conv.groups == 1
-        )
+class MultiheadLoRALinear(nn.Linear):
+    """nn.Linear in one head, made from it by `take_place`; the factors are its child `lora`."""
 
     def forward(self, x):
-        (h, w), (kh, kw) = x.shape[2:], self.shape[2:]
-        x = x[:, :, : h - h % kh, : w - w % kw]  # as Conv2d: what fills no patch is left out
-        x = x.unflatten(3, (-1, kw)).unflatten(2, (-1, kh))  # (b, c, h', kh, w', kw)
-        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (b, h', w', c kh kw)
-        return super().forward(x).permute(0, 3, 1, 2)
+        lora, tokens = self.lora, x.reshape(-1, self.in_features)
+        if torch.is_autocast_enabled(x.device.type):
+            tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
+        elif x.dtype != lora.A.dtype:
+            raise TypeError(f"{lora.base.name} is {lora.A.dtype}, not {x.dtype}; cast the input")
+        y = Product.apply(tokens, self.bias, lora.A, lora.B, lora)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
-class MultiheadAttention(nn.Module):
-    """nn.MultiheadAttention(batch_first=True) with its projections as layers that heads own.
-
-    `linear(weight, bias, name)` makes such a layer. The packed in_proj is one layer (3 d, d); with
-    kdim or vdim there are three, and one bias (3 d) in copies. forward takes the same arguments.
-    """
-
-    in_proj_bias = None  # tells nn.TransformerEncoderLayer that its fused path is not for us
-    batch_first = True
-
-    def __init__(self, attention, linear, layout, prefix):
-        super().__init__()
-        self.attn_heads, self.bias_copies = attention.num_heads, None
-        bias = attention.in_proj_bias
-        if attention.in_proj_weight is not None:
-            projections = [linear(attention.in_proj_weight, bias, "in_proj_")]
-        else:
-            names = ("q_proj_", "k_proj_", "v_proj_")
-            projections = [linear(getattr(attention, n + "weight"), None, n) for n in names]
-            if bias is not None:
-                self.bias_copies = Copies(bias, layout, prefix + "in_proj_bias")
-        self.in_proj = nn.ModuleList(projections)
-        self.out_proj = linear(attention.out_proj.weight, attention.out_proj.bias, "out_proj.")
-
-    def project(self, query, key, value):
-        """q, k, v (batch, t, d) from the three inputs."""
-        inputs = (query, key, value)
-        if len(self.in_proj) == 3:
-            qkv = [layer(x) for layer, x in zip(self.in_proj, inputs, strict=True)]
-            if self.bias_copies is None:
-                return qkv
-            bias = self.bias_copies.per_sample(len(query)).unsqueeze(-2)  # (batch or 1, 1, 3 d)
-            return [x + b for x, b in zip(qkv, bias.chunk(3, -1), strict=True)]
-        if query is key and key is value:
-            return self.in_proj[0](query).chunk(3, -1)
-        return [self.in_proj[0](x).chunk(3, -1)[j] for j, x in enumerate(inputs)]
-
-    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None,
-                average_attn_weights=True, is_causal=False):
-        if query.dim() != 3:
-            raise ValueError(f"attention over {query.dim()}-d input: heads need a batch, use 3-d")
-        if is_causal and attn_mask is None:
-            raise ValueError("is_causal=True only describes a mask: give attn_mask as well")
-        q, k, v = (
-            x.unflatten(-1, (self.attn_heads, -1)).transpose(1, 2)  # (batch, attn_heads, t, d)
-            for x in self.project(query, key, value)
-        )
-        mask = attention_mask(attn_mask, key_padding_mask, q)
-        weights = None
-        if need_weights:
-            scores = q @ k.mT / math.sqrt(q.shape[-1])
-            weights = (scores if mask is None else scores + mask).softmax(-1)
-            y = weights @ v
-            weights = weights.mean(1) if average_attn_weights else weights
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, mask)
-        return self.out_proj(y.transpose(1, 2).flatten(2)), weights
-
-
-def attention_mask(attn_mask, key_padding_mask, q):
-    """Both masks of nn.MultiheadAttention as one to add to the scores: True or -inf is left out."""
-    masks = []
-    if attn_mask is not None:  # (t, t) or (batch attn_heads, t, t)
-        each = attn_mask.dim() == 3
-        masks.append(attn_mask.unflatten(0, (-1, q.shape[1])) if each else attn_mask)
-    if key_padding_mask is not None:  # (batch, t)
-        masks.append(key_padding_mask[:, None, None])
-    for k, mask in enumerate(masks):
-        if mask.dtype == torch.bool:
-            masks[k] = q.new_zeros(mask.shape).masked_fill(mask, -math.inf)
-    return sum(masks) if masks else None
-
-
-class HeadDropout(nn.Module):
-    """nn.Dropout with masks that depend on (seed, layer, call, head), not on the process.
-
-    Not for use under activation checkpointing: a recomputed call would draw a new mask.
-    """
-
-    def __init__(self, p, name, layout):
-        super().__init__()
-        self.p, self.name, self.layout, self.calls = p, name, layout, 0
-
-    def forward(self, x):
-        if not self.training:
-            return x
-        layout, self.calls = self.layout, self.calls + 1
-        chunks = layout.split(x) if layout.parallel else x.unsqueeze(0)
-        keep = torch.empty_like(chunks, requires_grad=False)
-        for h in range(len(chunks)):
-            key = (layout.seed, self.name, self.calls, layout.rank * layout.local + h)
-            keep[h].bernoulli_(1 - self.p, generator=generator(*key, device=x.device))
-        return (chunks * keep / max(1 - self.p, 1e-9)).view_as(x)
-
-
-class BareCopies(nn.ModuleDict):
-    """Copies of parameters that a module with children owns itself, such as a class token (1, ...).
-
-    The module's own forward reads them by name, self.class_token. So for each call a hook lends it
-    under that name a tensor with one row a sample, its head's copy, and takes it back afterwards.
-    """
-
-    def __init__(self, owner, prefix, layout):
-        super().__init__()
-        for name, parameter in list(owner.named_parameters(recurse=False)):
-            self._modules[name] = Copies(parameter, layout, prefix + name)
-            delattr(owner, name)
-        owner.register_forward_pre_hook(self.lend, with_kwargs=True)
-        owner.register_forward_hook(self.take_back, always_call=True)
-
-    def lend(self, owner, args, kwargs):
-        samples = next(a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)).shape[0]
-        for name, copies in self.items():
-            rows = copies.per_sample(samples)  # (n b, 1, ...)
-            setattr(owner, name, rows.squeeze(1))
-
-    def take_back(self, owner, args, output):
-        for name in self:
-            owner.__dict__.pop(name, None)
+def take_place(owner, attribute, source):
+    """owner.attribute is from now on source.weight; a nn.Linear with factors multiplies as ours."""
+    kind, child = type(owner), "lora" if attribute == "weight" else f"lora_{attribute}"
+    del owner._parameters[attribute]
+    if isinstance(source, LowRank):
+        owner.add_module(child, source)
+        kind = MultiheadLoRALinear if kind is nn.Linear else kind
+    else:
+        owner.__dict__[child] = source  # not a child: the Base that all share
+    read = property(lambda self: getattr(self, child).weight)  # for code that does not call it
+    owner.__class__ = type(kind.__name__, (kind,), {attribute: read})
 
 
 # ------------------------------------------------------------------------------------------------
-# 6 convert: give every parameter of a model exactly one owner
-# ------------------------------------------------------------------------------------------------
+# 5 the model: N copies of a module that share its weights
 
 
-def convert(model, *, heads, r, lora_alpha=None, base="fp32", parallel=True, init="orthogonal",
-            bare="error", skip=(), seed=0):
-    """Turn a plain model into one that N heads train. In place; returns it. Collective.
+def tensors_of(module):
+    """Its parameters and dense buffers by name (sparse ones are constants, such as a graph's)."""
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: t for name, t in named if t.layout is torch.strided}
 
-    The function it computes stays the same: B = 0, so every head starts as the model it was given,
-    fresh or pretrained. All processes get rank 0's weights. Call it once, before the optimizer.
+
+def kinds_of(module, low_rank):
+    """What heads have of a parameter or saved buffer: {name: kind}. Raises if no copy can be right.
+
+    "low-rank": factors beside it. "copy": a copy that trains. "statistic": a copy, averaged.
+    "carried": a copy, the merged model has head 0's. "frozen": the one that all share.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"heads are copies of a nn.Module, not of a {type(module).__name__}")
+    for name, part in module.named_modules():
+        if isinstance(part, LTE) or isinstance(vars(part).get("forward"), types.FunctionType):
+            raise TypeError(f"{name or 'the module'} is wrapped already, or has a new forward")
+    kinds, saved = {}, [id(t) for t in module.state_dict(keep_vars=True).values()]
+    tables, exact = (nn.Embedding, nn.EmbeddingBag), (torch.float32, torch.float64)
+    for name, t in tensors_of(module).items():
+        if nn.parameter.is_lazy(t) or t.is_meta:
+            raise TypeError(f"{name} has no values yet; run the module on a batch first")
+        if t.requires_grad and t.dtype not in exact:
+            raise TypeError(f"{name} is {t.dtype}; give a float32 module, compute under autocast")
+        owner = module.get_submodule(name.rpartition(".")[0])
+        matrix = t.dim() > 1 and name.endswith("weight") and not isinstance(owner, tables)
+        if matrix and hasattr(owner, "lora"):
+            raise ValueError(f"the module of {name} has an attribute lora already; rename it")
+        if t.requires_grad and t.numel():  # a tied weight has several names
+            kinds[name] = "low-rank" if low_rank and matrix and saved.count(id(t)) < 2 else "copy"
+        elif isinstance(t, nn.Parameter):
+            kinds[name] = "frozen"
+        elif id(t) in saved:  # a mask of -inf has no mean
+            mean = t.dtype in exact and t.numel() and t.isfinite().all()
+            kinds[name] = "statistic" if mean else "carried"
+    if not {"low-rank", "copy"} & {*kinds.values()}:
+        raise ValueError("the module has nothing to train: no parameter has requires_grad")
+    return kinds
+
+
+def scaled(x, factor):
+    """A copy of x whose gradient is multiplied by `factor`."""
+    x = x.clone()
+    if x.requires_grad:
+        x.register_hook(lambda g: g * factor)
+    return x
+
+
+def split(arguments, n):
+    """(args, kwargs) of each of n heads, and their number of samples.
+
+    Tensors are cut along their first dimension. In the caller's loss, a mean over all n parts, a
+    head's own mean counts 1 / n: its gradient is multiplied by n where it enters the head's outputs
+    (`join`), and by 1 / n where it leaves the head for the input.
+    """
+    if n == 1:
+        return [arguments], None
+    sizes = sorted({len(x) for x in tree_leaves(arguments) if torch.is_tensor(x) and x.dim()})
+    if len(sizes) != 1 or sizes[0] % n:
+        text = "give the batch first, a multiple of them, or run one head a process"
+        raise ValueError(f"first dimensions {sizes} do not split over {n} heads here; {text}")
+
+    def part(h, x):  # a copy, since a product's last bits may depend on where its operands lie
+        return scaled(x.chunk(n)[h] if x.dim() else x, 1 / n) if torch.is_tensor(x) else x
+
+    return [tree_map(partial(part, h), arguments) for h in range(n)], sizes[0] // n
+
+
+def join(outputs, size):
+    """The heads' outputs, `size` samples each, as one batch; losses, without dimension, as mean."""
+    n = len(outputs)
+
+    def whole(first, *others):
+        alike = all(type(x) is type(first) for x in others)
+        if alike and torch.is_tensor(first):
+            parts = [scaled(x, n) for x in (first, *others)]
+            if all(x.shape == () for x in parts) and first.is_floating_point():
+                return torch.stack(parts).mean()
+            if all(x.shape == (size, *first.shape[1:]) for x in parts):
+                return torch.cat(parts)
+        elif alike and dataclasses.is_dataclass(first):
+            return dataclasses.replace(first, **join([vars(x) for x in (first, *others)], size))
+        elif alike and all(x == first for x in others):
+            return first
+        text = f"{n} heads, {size} samples each, return {type(first).__name__}s that do not join"
+        raise ValueError(f"{text}; return tensors with the batch first, or run one head a process")
+
+    return tree_map(whole, *outputs) if n > 1 else outputs[0]
+
+
+class LTE(nn.Module):
+    """Wraps a module, as DistributedDataParallel does, for N heads to train. Collective.
+
+    In training head n runs its own copy of the module on its part of the batch: this process's
+    heads / P parts lie one after the other. In eval the merged model runs, on a batch of any size.
+    The module may be pretrained: until the first step every head computes what it computes.
+
+    Weight matrices (linear, attention, convolutions) get factors; whatever else trains is copied
+    (biases, norms, embeddings, recurrent layers, tied weights), as are statistics (BatchNorm's).
+    What it freezes stays frozen and shared. It may read its weights, not write them. Several heads
+    in a process: tensors that go in or out have the batch first; what has no dimension is a loss.
+    Checkpoint activations inside the module, not around this one: dropout counts its calls.
 
     Args:
         heads: N over all processes, a multiple of their number.
-        r: rank of one head (1 or more). None: no factors, every head trains a dense copy of
-            everything, which is local SGD.
-        lora_alpha: s = lora_alpha / r.
-        base: storage of the low-rank layers' W, one of BASES. Everything else stays exact.
-        parallel: True: head n sees its own chunk of the batch (LTE). False: every head sees every
-            sample (multi-head LoRA, one process only).
-        bare: parameters that a module with children owns itself: "error", "freeze", or "heads",
-            which needs shape (1, n, ...), as many dimensions as what it is added to or joined with,
-            and a module whose first argument has the batch first.
-        skip: names of modules to leave dense and frozen.
-    Raises: ValueError or TypeError, with the names of what could not be placed, before any change.
+        r: rank of one head (1 or more). 0: no factors, every head trains a dense copy, local SGD.
+        lora_alpha: s = lora_alpha / r. Default: 8 r.
+        base: storage of W, one of BASES. Everything else stays exact.
+        parallel: False: the paper's multi-head LoRA, all heads see all samples (one process).
+        init: how A is drawn, one of INITS.
+    Raises: ValueError, TypeError before anything is changed.
     """
-    options = dict(heads=heads, r=r, lora_alpha=lora_alpha, base=base, parallel=parallel, init=init)
-    shapes = {f"the shape of {n}": tuple(p.shape) for n, p in model.named_parameters()}
-    agree(version=__version__, **options, bare=bare, skip=sorted(skip), seed=seed, **shapes)
-    layout = Layout(heads, parallel, seed)
-    check_options(r=r, lora_alpha=lora_alpha, base=base, init=init, bare=bare)
-    plan = make_plan(model, r, bare, set(skip))
-    broadcast(model, layout)
-    layout.names = [name for name in model.state_dict() if not name.endswith("_extra_state")]
-    factors = dict(r=r, lora_alpha=lora_alpha, base=base, init=init)
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False  # its fused path reads weights that are not there
-    for name in list(plan):
-        kind, module = plan.pop(name)  # so that a dense weight goes when its layer is made
-        new = build(kind, module, name + "." if name else "", layout, factors)
-        if new is not None:
-            new.train(module.training)
-            if name:
-                model.set_submodule(name, new)
+
+    def __init__(
+        self, plain, *, heads, r, lora_alpha=None, base="fp32", parallel=True, init=INITS[0], seed=0
+    ):
+        super().__init__()
+        self.rank, self.world = processes()
+        self.total, self.in_flight = heads, None  # a Merge not waited for
+        self.merges = self.left_out = self.calls = self.bytes_sent = 0
+        lora_alpha = 8 * r if lora_alpha is None else lora_alpha
+        self.options = dict(r=r, lora_alpha=lora_alpha, init=init, seed=seed)
+        check_choice("base", base, BASES)
+        check_choice("init", init, INITS)
+        if type(heads) is not int or heads < 1 or heads % self.world:
+            raise ValueError(f"heads={heads!r}: use a multiple of {self.world}, the processes")
+        if type(r) is not int or r < 0 or (r and not 0 < lora_alpha < math.inf):
+            raise ValueError(f"r={r!r}, lora_alpha={lora_alpha!r}: use an integer r, alpha above 0")
+        if not parallel and (self.world > 1 or r == 0):
+            raise ValueError(f"parallel=False, r={r}, {self.world} processes: use one, and factors")
+        self.kinds, tensors = kinds_of(plain, low_rank=r > 0), tensors_of(plain)
+        self.about = dict(self.options, heads=heads, parallel=parallel, base=base)
+        for name, kind in self.kinds.items():
+            self.about[f"tensor {name}"] = f"{kind} {[*tensors[name].shape]} {tensors[name].dtype}"
+        agree(version=__version__, **self.about)
+        self.carried = [name for name, kind in self.kinds.items() if kind == "carried"]
+        self.frozen, self.shared = {}, nn.ModuleList()
+        for name, kind in self.kinds.items():
+            if kind == "frozen":
+                self.frozen[name] = nn.Parameter(from_process_0(tensors[name]), False)
+            elif kind != "carried":
+                self.shared.append(Base(name, tensors[name], kind, base))
+        self.first = self.rank * heads // self.world  # the number of the first head here
+        here = range(self.first, self.first + heads // self.world)
+        blocks = [[n] for n in here] if parallel else [here]
+        self.module = self.copy_of(plain).requires_grad_(False).eval()  # the merged model
+        self.heads = nn.ModuleList(self.copy_of(plain, numbers) for numbers in blocks)
+        self.training = plain.training
+        if not plain.training:  # else parts that are in eval mode stay there
+            self.heads.train()
+
+    @torch.no_grad()
+    def copy_of(self, plain, numbers=None):
+        """A copy of the plain model, for heads `numbers` to train, or else the merged model."""
+        held = tree_leaves([vars(part) for part in plain.modules()])  # activations, too
+        memo = {id(x): x.detach().clone() for x in held if torch.is_tensor(x) and not x.is_leaf}
+        for name, t in tensors_of(plain).items():
+            if name in self.frozen:
+                memo[id(t)] = self.frozen[name]  # shared
+            elif self.kinds.get(name) == "low-rank":
+                memo[id(t)] = nn.Parameter(torch.empty_like(t, device="meta"))
+            elif not isinstance(t, nn.Parameter):
+                memo[id(t)] = from_process_0(t)
+        new = copy.deepcopy(plain, memo)  # what is in the memo counts as copied
+        for base in self.shared:
+            owner, _, attribute = base.name.rpartition(".")
+            owner = new.get_submodule(owner)
+            if base.low_rank:
+                learner = LowRank(base, numbers, **self.options) if numbers else base
+                take_place(owner, attribute, learner)
             else:
-                model = new
+                learner = Copy(base, owner, attribute)
+                learner.restart()  # process 0's
+            if numbers:
+                base.learners.append(learner)
+        return new
+
+    @torch.compiler.disable(recursive=False)  # the heads compile; what is around them changes
+    def forward(self, *args, **kwargs):
+        if not self.training:
+            return self.module(*args, **kwargs)
+        self.calls += 1
+        devices = {base.rows.device for base in self.shared}
+        parts, size = split((args, kwargs), len(self.heads))
+        outputs = []
+        for n, (head, (own, named)) in enumerate(zip(self.heads, parts, strict=True), self.first):
+            with seeded(devices, self.options["seed"], "forward", self.calls, n):
+                outputs.append(head(*own, **named))  # dropout's masks are the head's own
+        return join(outputs, size)
+
+    def train(self, mode=True):
+        """eval() runs the merged model. Heads are for training alone, and stay as they are."""
+        self.training = mode
+        return self
+
+    def _apply(self, fn, recurse=True):
+        """.to(), .double() and the like."""
+        wrapped(self, idle=True)
+        if fn(torch.zeros(1)).dtype not in (torch.float32, torch.float64):
+            raise TypeError("keep the model in float32; compute in bfloat16 under torch.autocast")
+        if any(base.outer is not None for base in self.shared):
+            raise RuntimeError("move the model first, then call lte.outer_parameters(model)")
+        return super()._apply(fn, recurse)
+
+
+def wrapped(model, idle=False):
+    """The LTE model itself, also from under torch.compile; idle: with no merge in flight."""
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, LTE):
+        raise TypeError(f"a {type(model).__name__} has no heads; wrap it: lte.LTE(module, ...)")
+    if idle and model.in_flight is not None:
+        raise RuntimeError("a merge is in flight; call its wait() first")
+    if processes() != (model.rank, model.world):
+        raise RuntimeError("the process group was started after lte.LTE(...); start it before")
     return model
 
 
-def check_options(*, r, lora_alpha, base, init, bare="error"):
-    """One sentence for a value that convert does not take."""
-    if r is not None and not (isinstance(r, int) and r >= 1 and lora_alpha and lora_alpha > 0):
-        raise ValueError(
-            f"r={r}, lora_alpha={lora_alpha}: r must be an integer from 1 on, lora_alpha above 0"
-        )
-    check_choice("base", base, BASES)
-    check_choice("init", init, INITS)
-    check_choice("bare", bare, ("error", "freeze", "heads"))
-
-
-def check_choice(name, value, known):
-    """A value that is one of `known`; imports bitsandbytes for one that needs it."""
-    if value not in known:
-        raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(known)}")
-    if value in QUANTIZED:
-        bitsandbytes()
-
-
-def make_plan(model, r, bare, skip):
-    """name -> (kind, module), having checked everything that can be wrong with the model."""
-    names = dict(model.named_modules(remove_duplicate=False))
-    if any(isinstance(m, (Merged, PerHead)) for m in names.values()):
-        raise ValueError("this model is converted already; convert a plain model, once")
-    if skip - names.keys():
-        raise ValueError(f"skip names no module: {sorted(skip - names.keys())}")
-    check_parameters(model)
-    seen, plan = {}, {}
-    for name, module in names.items():  # every module before its children
-        if id(module) in seen and list(module.buffers(recurse=False)):
-            raise ValueError(f"{seen[id(module)]} and {name} are one module with buffers; untie it")
-        seen[id(module)] = name
-        above, _ = plan.get(name.rpartition(".")[0], ("", None))
-        if not name or above in ("walk", "bare", "freeze bare"):  # one used twice comes twice
-            plan[name] = find_kind(name, module, r, bare, skip), module
-    if r is not None and not any(k in ("linear", "conv", "attention") for k, _ in plan.values()):
-        raise ValueError(
-            "nothing to convert: the model has no Linear, MultiheadAttention or patch Conv2d; "
-            "its parameters would only be copied (r=None does that)"
-        )
-    return plan
-
-
-def check_parameters(model):
-    """Only float32 or float64, and no parameter under two names."""
-    seen = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        if p.dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"{name} is {p.dtype}: heads learn in float32 (or float64); convert a float32 "
-                "model and compute in bfloat16 under torch.autocast"
-            )
-        if id(p) in seen:
-            raise ValueError(f"{seen[id(p)]} and {name} are one tied parameter; untie them first")
-        seen[id(p)] = name
-
-
-def find_kind(name, module, r, bare, skip):
-    """Which owner a module's parameters get.
-
-    "linear", "conv", "attention" low-rank; "copies"; "bare" or "freeze bare" parameters beside
-    children; "dropout"; "freeze" left as it is; "walk" nothing of its own, look at its children.
-    """
-    own, buffers = list(module.parameters(recurse=False)), list(module.buffers(recurse=False))
-    if name in skip:
-        check_skip(name, module)
-        return "freeze"
-    if isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and not module.batch_first:
-        raise ValueError(
-            f"{name}: {type(module).__name__} with batch_first=False; heads share the first "
-            "dimension of every tensor, which must be the batch: build it with batch_first=True"
-        )
-    if isinstance(module, nn.MultiheadAttention):
-        own_class = type(module) is not nn.MultiheadAttention  # and a forward of its own
-        if own_class or module.bias_k is not None or module.add_zero_attn or module.dropout:
-            raise ValueError(
-                f"{name}: attention with dropout={module.dropout}, add_bias_kv, add_zero_attn or "
-                "a class of its own cannot be converted; build it without them, or skip it"
-            )
-        return "attention"
-    if type(module) is nn.Dropout and module.p > 0:
-        return "dropout"
-    if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-        raise ValueError(f"{name}: {module} draws from the process's generator; use nn.Dropout")
-    if list(module.children()) or isinstance(module, (nn.ParameterList, nn.ParameterDict)):
-        kind = bare_kind(name, module, bare) if any(p.requires_grad for p in own) else "walk"
-        # A parametrization's modules get a weight, no batch.
-        return "freeze" if isinstance(module, ParametrizationList) else kind
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return "copies"  # even one without tensors: a head's statistics are of its own samples
-    if own and not buffers and not any(p.requires_grad for p in own):
-        return "walk"  # frozen by its author, and so it stays
-    if r is not None and module._parameters.keys() == {"weight", "bias"} and not buffers:
-        if type(module) is nn.Linear:  # without the tensors of a hook, such as weight_norm's
-            return "linear"
-        if PatchConv.fits(module):
-            return "conv"
-    return "copies" if own or buffers else "walk"
-
-
-def check_skip(name, module):
-    """What is left as it is must not draw random numbers or gather statistics: no head owns it."""
-    for child_name, child in module.named_modules():
-        drops = isinstance(child, nn.modules.dropout._DropoutNd) and child.p > 0
-        if drops or getattr(child, "running_mean", None) is not None:
-            raise ValueError(
-                f"skip={name!r} holds {child_name or name}, {child}: its masks or statistics would "
-                "depend on the process; set p=0, or do not skip it"
-            )
-
-
-def bare_kind(prefix, module, bare):
-    """Parameters of a module with children: refused, unless the caller has chosen."""
-    listed = isinstance(module, (nn.ParameterList, nn.ParameterDict, ParametrizationList))
-    for name, p in module.named_parameters(recurse=False):
-        full = f"{prefix}.{name} {tuple(p.shape)}" if prefix else f"{name} {tuple(p.shape)}"
-        if bare == "error":
-            raise ValueError(
-                f"{full} belongs to no leaf module; choose bare='freeze', or bare='heads' if its "
-                "shape is (1, ...), or move it into a module of its own"
-            )
-        if bare == "heads" and (listed or p.dim() < 2 or p.shape[0] != 1):
-            raise ValueError(
-                f"{full}: bare='heads' needs shape (1, n, ...) and a module with a forward of "
-                "its own; use bare='freeze' or move it into a module"
-            )
-    return "bare" if bare == "heads" else "freeze bare"
-
-
-def build(kind, module, prefix, layout, factors):
-    """The module that takes this one's place, or None where it stays."""
-
-    def linear(weight, bias, name):
-        if factors["r"] is None:
-            plain = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-            plain.weight, plain.bias = weight, bias
-            return PerHead(plain, prefix + name, layout)
-        return MultiheadLoRALinear.of(weight, bias, prefix + name, layout, **factors)
-
-    if kind in ("freeze", "freeze bare"):
-        for p in module.parameters(recurse=kind == "freeze"):
-            p.requires_grad_(False)
-    elif kind == "bare":
-        module.lte_copies = BareCopies(module, prefix, layout).train(module.training)
-    elif kind == "linear":
-        return linear(module.weight, module.bias, "")
-    elif kind == "conv":
-        return PatchConv.of(module.weight, module.bias, prefix, layout, **factors)
-    elif kind == "attention":
-        return MultiheadAttention(module, linear, layout, prefix)
-    elif kind == "dropout":
-        return HeadDropout(module.p, prefix, layout)
-    elif kind == "copies":
-        return PerHead(module, prefix, layout)
-    return None
-
-
-def broadcast(model, layout):
-    """All processes start from rank 0's weights, whatever they were seeded with."""
-    if layout.world > 1:
-        with torch.no_grad(), collective("sending process 0's weights"):
-            for tensor in (*model.parameters(), *model.buffers()):
-                dist.broadcast(tensor, src=0)
-
-
-def census(model):
-    """Who owns which parameter of the plain model.
-
-    Returns {"low-rank": {name: size}, "copies": {...}, "frozen": {...}}; every parameter stands in
-    exactly one of the three.
-    """
-    owners = {"low-rank": {}, "copies": {}, "frozen": {}}
-    for m in merged_tensors(model):
-        kind = "low-rank" if isinstance(m, MultiheadLoRALinear) else "copies"
-        for p in m.parameters(recurse=False):  # none where a buffer is copied
-            owners[kind if p.requires_grad else "frozen"][m.plain] = m.numel
-    ours = {id(p) for m in merged_tensors(model) for p in m.parameters()}
-    owners["frozen"] |= {n: p.numel() for n, p in model.named_parameters() if id(p) not in ours}
-    return owners
-
-
-def merged_tensors(model):
-    """Every Merged of a model, in the order of its modules: the same on all processes."""
-    return [m for m in model.modules() if isinstance(m, Merged)]
-
-
-def layout_of(model):
-    """The layout that a model's layers share."""
-    layouts = {id(m.layout): m.layout for m in merged_tensors(model)}
-    if not layouts:
-        raise ValueError("this model was not converted; call lte.convert first")
-    if len(layouts) > 1:
-        raise ValueError(f"{len(layouts)} separately converted parts; convert the whole once")
-    return layouts.popitem()[1]
-
-
 # ------------------------------------------------------------------------------------------------
-# 7 merge
-# ------------------------------------------------------------------------------------------------
+# 6 merge
 
-BUCKET = 32 * 2**20  # bytes; half of it are deltas that are sent at a time
-
-
-@torch.no_grad()
-def merge(model, *, optimizer=None, reset="none", decay=1.0, wire="fp32", outer_optimizer=None,
-          async_op=False):
-    """W <- decay W + (1/N) sum_n s (B_n A_n - B'_n A'_n); copies <- their mean. Collective.
-
-    Right after it every head computes just what the merged model computes. A second merge with no
-    step in between (and decay 1) changes nothing. It takes less than 2 BUCKET of memory of its own.
-
-    A head that holds NaN or inf is left out: the mean is over the others, and it starts again from
-    the merged model, with zero moments if `optimizer` is given. (Adam's step count is common to all
-    heads and stays, so late in a run this one's updates are 3, soon 6.6 times the rate.)
-
-    Args:
-        optimizer: needed for a reset, which clears its whole state of what was reset (Adam's step
-            count too: an old count takes new moments for full ones, and the next update is wrong).
-        reset: "none": factors and their optimizer state go on. "B": B <- 0. "AB": and a new A.
-        decay: factor on W of low-rank layers, the product of (1 - rate_t wd) since the last merge.
-        wire: what each process rounds its sum of deltas to before it is sent, one of BASES. The
-            rounding is not made good later: the master is the sum of what was sent.
-        outer_optimizer: over outer_parameters(model). It steps with minus the mean as gradient,
-            instead of W <- W + mean, which is SGD's step at rate 1.
-        async_op: return a MergeWork at once. Heads may go on learning until its wait(), which
-            applies the merge of what they had learnt when merge was called. Until then it holds a
-            snapshot of that, the new forward W and this process's part of the new master.
-    Raises: ValueError or RuntimeError, nothing changed, for what cannot be merged; ProcessLost,
-        after which the run has to go on from a checkpoint; FloatingPointError, nothing changed, if
-        no head is finite.
-    Source: the paper's LTE update; telescoped, W = W_start + (s/N) sum_n B_n A_n without reset.
-    """
-    layout, tensors = layout_of(model), merged_tensors(model)
-    check_idle(layout, "merge")
-    check_reset(tensors, reset, optimizer)
-    check_choice("wire", wire, BASES)
-    if async_op and reset != "none":
-        raise ValueError(
-            f"reset={reset!r} with async_op=True would drop what heads learn before wait(); use "
-            "reset='none', or async_op=False"
-        )
-    outer = outer_parts(model, outer_optimizer)
-    work = MergeWork(layout, tensors, optimizer, decay, wire, outer_optimizer, outer)
-    if async_op:
-        return work.start()
-    work.learnt = {m: m.learnt() for m in tensors}  # live: nobody changes them meanwhile
-    with torch.autocast(tensors[0].rows.device.type, enabled=False):
-        work.find_sound()
-        for bucket in buckets(tensors):
-            work.apply(bucket, *work.send(bucket))
-        work.finish()
-    if reset != "none":
-        for layer in tensors:
-            if isinstance(layer, MultiheadLoRALinear):
-                for p in layer.reset(reset):
-                    optimizer.state.pop(p, None)
+BUCKET = 2**22  # weights whose deltas are sent at a time (16 MB), or one tensor's
 
 
-class MergeWork:
+def part_of(shared, k, K):
+    """The k-th of K groups of neighbours of about equal size: those whose middle lies in it."""
+    ends = list(accumulate(base.numel for base in shared))
+    middles = [end - base.numel / 2 for base, end in zip(shared, ends, strict=True)]
+    return [b for b, middle in zip(shared, middles, strict=True) if int(middle * K / ends[-1]) == k]
+
+
+def buckets(shared):
+    """Groups of neighbours of one kind; the deltas of a group are sent together."""
+    for _, group in groupby(shared, lambda b: (b.rows.device, b.shard.dtype, b.statistic)):
+        group = list(group)
+        K = math.ceil(sum(base.numel for base in group) / BUCKET)
+        yield from filter(None, (part_of(group, k, K) for k in range(K)))
+
+
+def outer_parameters(model):
+    """This process's shards, for an outer optimizer over all that trains."""
+    trained = [base for base in wrapped(model).shared if not base.statistic]
+    for base in trained:
+        base.outer = base.shard.data
+    return [base.outer for base in trained]
+
+
+def check_optimizer(optimizer, parameters, every=False):
+    """One of other parameters would do nothing, in silence; an outer one steps on every one."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    held, parameters = {p for group in groups for p in group["params"]}, set(parameters)
+    if held and (held.isdisjoint(parameters) or (every and held != parameters)):
+        source = "lte.outer_parameters(model)" if every else "model.parameters()"
+        raise ValueError(f"{type(optimizer).__name__} holds other parameters; make it of {source}")
+
+
+class Merge:
     """One merge. From merge(async_op=True): under way until wait() has applied it.
 
     Between the two a head computes with W_old + s (B A - B'_old A'_old), from wait() on with
     W_new + s (B A - B'_sent A'_sent): what it learnt meanwhile stays its own, for the next merge.
     """
 
-    def __init__(self, layout, tensors, optimizer, decay, wire, outer_optimizer, outer):
-        self.layout, self.tensors, self.optimizer, self.decay = layout, tensors, optimizer, decay
-        self.wire = wire if layout.world > 1 else "fp32"  # nothing is sent, nothing rounded
-        self.outer_optimizer, self.outer = outer_optimizer, outer
-        self.group = None  # the default one
+    def __init__(self, model, part, optimizer, reset, decay, wire, outer_optimizer):
+        self.model, self.shared = model, part_of(model.shared, *part)
+        self.states = {} if optimizer is None else optimizer.state
+        self.reset, self.decay, self.outer_optimizer = reset, decay, outer_optimizer
+        self.wire = wire if model.world > 1 else "fp32"  # nothing is sent, nothing rounded
+        self.group, self.stream, self.device = None, None, model.shared[0].rows.device
+        heads = range(len(model.heads))
+        self.learnt = [{b: b.learners[h].learnt() for b in self.shared} for h in heads]  # live
+        carried = map(model.heads[0].get_buffer, model.carried)
+        status = [torch.stack([self.is_sound(h) for h in heads]), *carried]
+        self.status = torch.cat([t.contiguous().flatten().view(torch.uint8) for t in status])
 
-    def find_sound(self):
-        """Which of all heads can be added, (N,) bool; the first collective of a merge."""
-        bounds = torch.stack([m.bound(learnt) for m, learnt in self.learnt.items()])  # (-, n)
-        mine = (bounds * self.layout.heads).isfinite().all(0)  # so that no sum can overflow
-        self.layout.bytes_sent += mine.nbytes * (self.layout.world - 1)
-        sound = all_gather(mine.byte(), self.layout, self.group).flatten()
-        self.bad = (sound == 0).nonzero().flatten().tolist()
-        if len(self.bad) == self.layout.heads:
-            raise FloatingPointError(
-                f"merge {self.layout.merges + 1}: every head holds NaN or inf; W is left as it "
-                "was; go on from a checkpoint with a lower rate or lora_alpha"
-            )
+    def is_sound(self, h):
+        """No delta, of any part, is NaN or inf, or would make the sum of all heads overflow."""
+        deltas = (b.learners[h].delta(b.learners[h].learnt()) for b in self.model.shared)
+        sizes = [torch.linalg.vector_norm(x, math.inf) / torch.finfo(x.dtype).max for x in deltas]
+        return torch.stack([x.to(self.device) for x in sizes]).max() < 0.5 / self.model.total
 
-    def send(self, bucket):
-        """Partial sums -> all-to-all -> mean -> new master -> all-gather of the forward format.
+    def exchange(self):
+        """Sends and adds, bucket by bucket; yields every Base with its new shard and new rows.
 
-        As many bytes as a reduce-scatter and an all-gather, but the order of addition is ours.
-        Returns, for each (tensor, piece) of the bucket, this process's part of the new master and
-        every process's part of the forward rows. Changes nothing that the forward pass reads.
+        Partial sums -> all-to-all -> mean -> new shards -> all-gather of the forward format: the
+        bytes of an all-reduce, in our order of addition. Changes nothing that heads read.
         """
-        mean = self.mean(self.partial_sums(bucket))
-        parts = mean.split([m.share(piece) for m, piece in bucket])  # (share, 64) each
-        self.advance(bucket, parts)
-        sizes = [m.share(piece) * m.rows[0].nbytes for m, piece in bucket]
-        forward = mean.new_empty(sum(sizes), dtype=torch.uint8)
-        self.layout.bytes_sent += forward.nbytes * (self.layout.world - 1)  # on a ring
-        for (m, _), part, place in zip(bucket, parts, forward.split(sizes), strict=True):
-            place.copy_(encode(part, m.base).view(torch.uint8).flatten())
-        return parts, all_gather(forward, self.layout, self.group).split(sizes, 1)
+        model, n = self.model, len(self.model.heads)
+        self.status = all_gather(self.status, self.group)  # (P, bytes)
+        model.bytes_sent += self.status[0].nbytes * (model.world - 1)
+        self.sound = self.status[:, :n].flatten().tolist()
+        if not any(self.sound):
+            raise FloatingPointError("no head is finite; go on from a checkpoint, at a lower rate")
+        for bucket in buckets(self.shared):
+            yield from self.renew(bucket)
+        self.group = None  # see leave
 
-    def partial_sums(self, bucket):
-        """Each piece's deltas summed over the sound heads here: (P, rows, 64), a part for each."""
-        layout, (m, _) = self.layout, bucket[0]
-        shares = [m.share(piece) for m, piece in bucket]
-        sums = m.rows.new_empty(layout.world, sum(shares), BLOCK, dtype=m.dtype)
-        first = layout.rank * layout.local
+    def renew(self, bucket):
+        """[(Base, its new shard, its new rows of all processes)]"""
+        model = self.model
+        mean = tree_sum(self.arrived(bucket).__getitem__, 0, model.world) / sum(self.sound)
+        means = zip(bucket, mean.split([base.share for base in bucket]), strict=True)
+        new = [(base, self.advance(base, mean)) for base, mean in means]
+        rows = [encode(shard, base.format).view(torch.uint8).flatten() for base, shard in new]
+        everyone = all_gather(torch.cat(rows), self.group)  # (P, bytes)
+        model.bytes_sent += everyone[0].nbytes * (model.world - 1)
+        everyone = everyone.split([len(x) for x in rows], 1)
+        return [(*each, rows) for each, rows in zip(new, everyone, strict=True)]
 
-        def term(m, piece, h):
-            delta = m.delta(self.learnt[m], h, piece)
-            return delta.zero_() if first + h in self.bad else delta
+    def arrived(self, bucket):
+        """(P, rows, 64): for this process's share, the sum of deltas of every process."""
+        P, wire = self.model.world, "fp32" if bucket[0].statistic else self.wire
+        sums = [b.to_rows(tree_sum(partial(self.delta, b), 0, len(b.learners))) for b in bucket]
+        sums = torch.cat([rows.view(P, -1, BLOCK) for rows in sums], 1)
+        sent = encode(sums.flatten(0, 1), wire)  # each P-th of the rows is for one process
+        arrived = torch.empty_like(sent) if P > 1 else sent
+        collective(dist.all_to_all_single, arrived, sent, group=self.group)
+        self.model.bytes_sent += sent.nbytes // P * (P - 1)
+        return decode(arrived, wire, sums.dtype).view_as(sums)
 
-        for (m, piece), part in zip(bucket, sums.split(shares, 1), strict=True):
-            total = tree_sum(partial(term, m, piece), 0, layout.local)
-            part.copy_(F.pad(total, (0, part.numel() - len(total))).view_as(part))
-        return sums
+    def delta(self, base, h):
+        """What a head here adds to the mean: nothing, where it is left out."""
+        delta = base.learners[h].delta(self.learnt[h][base])
+        return delta if self.sound[self.model.first + h] else torch.zeros_like(delta)
 
-    def mean(self, sums):
-        """(P, rows, 64) partial sums -> (rows, 64): this process's part, over all sound heads."""
-        layout, (P, rows, _), dtype = self.layout, sums.shape, sums.dtype
-        sent = encode(sums.flatten(0, 1), self.wire).view(P, -1)
-        layout.bytes_sent += sent[0].nbytes * (P - 1)
-        arrived = all_to_all(sent, layout, self.group).view(P, rows, -1)  # (P, rows, bytes)
-        del sums, sent  # their memory, before the parts are decoded
-        total = tree_sum(lambda p: decode(arrived[p], self.wire, dtype), 0, P)
-        return total.div_(layout.heads - len(self.bad))
+    def advance(self, base, mean):
+        """The new value of a shard: decay W + mean, or what the outer optimizer makes of it."""
+        if base.statistic:
+            return mean.to(base.shard.dtype)
+        W = base.shard * (self.decay if base.low_rank else 1.0)  # a copy: in use until wait()
+        if self.outer_optimizer is None:
+            return mean.add_(W)
+        base.outer.data, base.outer.grad = W, mean.neg_()
+        self.outer_optimizer.step()
+        new, base.outer.data, base.outer.grad = base.outer.data, base.shard.data, None
+        return mean.copy_(new)
 
-    def advance(self, bucket, parts):
-        """The mean of each part becomes, in place, the part's new value: decay W + mean.
-
-        An outer optimizer is lent a copy of W to step on: W itself is in use until wait().
-        """
-        lent = []
-        for (m, piece), part in zip(bucket, parts, strict=True):
-            W = m.master_part(piece)
-            old, part = W * (self.decay if m.decays else 1.0), part[: len(W)]
-            if self.outer is None:
-                part += old
-            elif len(W):
-                p = self.outer[m, piece.start]
-                p.data, p.grad = old, part.neg_()
-                lent.append((p, W, part))
-        if lent:
-            self.outer_optimizer.step()
-        for p, W, part in lent:
-            part.copy_(p.data)
-            p.data, p.grad = W, None
-
-    def apply(self, bucket, parts, everyone):
-        """W becomes what arrived."""
-        for (m, piece), part, arrived in zip(bucket, parts, everyone, strict=True):
-            rows = m.rows[piece].view(torch.uint8)
-            rows.copy_(arrived.reshape(-1, rows.shape[1])[: len(rows)])
-            if m.master is not None:
-                own = m.master_part(piece)
-                own.copy_(part[: len(own)])
-
-    def finish(self):
-        """Heads go on from the new W; those that were left out start again."""
-        layout, first = self.layout, self.layout.rank * self.layout.local
-        here = [head - first for head in self.bad if first <= head < first + layout.local]
-        for m, learnt in self.learnt.items():
-            for h in here:
-                m.roll_back(learnt, h)
-                if self.optimizer is not None:
-                    clear_moments(self.optimizer, m, h)
-            m.install(learnt)
-        layout.merges += 1
-        layout.left_out += len(self.bad)
-        if self.bad and layout.rank == 0:
-            moments = "with zero moments" if self.optimizer else "with its moments (optimizer=)"
-            warnings.warn(
-                f"merge {layout.merges}: head {', '.join(map(str, self.bad))} of {layout.heads} "
-                f"holds NaN or inf; left out, it starts again from the merged model, {moments}",
-                stacklevel=4,  # whoever called merge or wait
-            )
+    def apply(self, exchanged):
+        """W becomes what arrived; heads go on from it, and those left out start again."""
+        model, own = self.model, tensors_of(self.model.module)
+        for base, shard, rows in exchanged:
+            base.rows.view(torch.uint8).view(rows.shape).copy_(rows)
+            base.shard.copy_(shard)
+            del shard, rows  # before the next bucket is made
+            if not base.low_rank:
+                own[base.name].copy_(base.dense())
+        model.merges += 1
+        for h, head in enumerate(model.heads):
+            if self.sound[model.first + h]:
+                for base, learnt in self.learnt[h].items():
+                    base.learners[h].install(learnt)
+            else:
+                for base in model.shared:
+                    base.learners[h].restart()
+                for p in head.parameters():
+                    self.states.pop(p, None)
+            for base in (b for b in self.shared if b.low_rank and self.reset != "none"):
+                base.learners[h].reset(self.reset, model.merges, self.states)
+        mine = [model.module.get_buffer(name) for name in model.carried]  # become head 0's
+        sent = self.status[0, len(model.heads) :].split([t.nbytes for t in mine])
+        for t, head_0s in zip(mine, sent, strict=True):
+            t.copy_(head_0s.clone().view(t.dtype).view(t.shape))
+        bad = [n for n, sound in enumerate(self.sound) if not sound]
+        model.left_out += len(bad)
+        if bad and model.rank == 0:
+            text = f"merge {model.merges}: heads {bad} are not finite; left out, they start again"
+            warnings.warn(text, stacklevel=4)  # whoever called merge or wait
 
     def start(self):
-        """Snapshot, and all the sending in a thread of its own, through a group of its own."""
-        self.learnt = {m: [x.clone() for x in m.learnt()] for m in self.tensors}
-        self.arrived, device = Future(), self.tensors[0].rows.device
-        if self.layout.world > 1:
-            self.group = second_group(dist.group.WORLD, device)
-        gpu = device.type == "cuda"
-        self.stream = torch.cuda.Stream(device) if gpu else None
-        if gpu:
-            self.stream.wait_stream(torch.cuda.current_stream(device))
-        self.layout.in_flight = self
-        Thread(target=self.run, daemon=True).start()
+        """A snapshot, and all the sending in a thread of its own."""
+        self.learnt = tree_map(torch.clone, self.learnt)
+        self.group = second_group(dist.group.WORLD, self.device) if self.model.world > 1 else None
+        if self.device.type == "cuda":
+            self.stream = torch.cuda.Stream(self.device)
+            self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        thread = ThreadPoolExecutor(1, initializer=torch.cuda.set_stream, initargs=[self.stream])
+        self.exchanged = thread.submit(list, self.exchange())
+        self.model.in_flight = self
         return self
-
-    @torch.no_grad()
-    def run(self):
-        """What the thread does: every bucket, and what arrives is kept until wait()."""
-        try:
-            with torch.cuda.stream(self.stream) if self.stream else nullcontext():
-                self.find_sound()
-                got = [(bucket, *self.send(bucket)) for bucket in buckets(self.tensors)]
-            self.arrived.set_result(got)
-        except BaseException as error:  # wait() raises it
-            self.arrived.set_exception(error)
 
     @torch.no_grad()
     def wait(self):
         """Waits for what was sent, and applies it. Once; W changes here and only here."""
-        if self.layout.in_flight is not self:
+        if self.model.in_flight is not self:
             raise RuntimeError("this merge was waited for already")
-        try:
-            got = self.arrived.result()
-        finally:
-            self.layout.in_flight = None
-        if self.stream:
-            torch.cuda.current_stream(self.tensors[0].rows.device).wait_stream(self.stream)
-        for bucket, parts, everyone in got:
-            self.apply(bucket, parts, everyone)
-        self.finish()
-
-
-def buckets(tensors):
-    """Groups of (tensor, piece), in order; the deltas of a group are sent together."""
-    groups, size = [], math.inf
-    for m in tensors:
-        for piece in m.pieces:
-            nbytes = m.layout.world * m.share(piece) * BLOCK * m.dtype.itemsize
-            if size + nbytes > BUCKET / 2 or m.dtype != groups[-1][0][0].dtype:
-                groups.append([])
-                size = 0
-            groups[-1].append((m, piece))
-            size += nbytes
-    return groups
-
-
-def outer_parameters(model):
-    """What an outer optimizer steps on: this process's part of each piece of the master.
-
-    Views, so the optimizer's state takes 1 / P on each process, as the master does. Valid until the
-    model is moved or converted again.
-    """
-    layout_of(model)
-    # .data, since autograd must not count an outer step on a lent copy as a change of W.
-    return [m.master_part(piece).data for m in merged_tensors(model) for piece in m.pieces]
-
-
-def outer_parts(model, outer_optimizer):
-    """(tensor, start of a piece) -> the parameter of the outer optimizer; None without one."""
-    if outer_optimizer is None:
-        return None
-    held = [p for group in outer_optimizer.param_groups for p in group["params"]]
-    places = [(m, piece) for m in merged_tensors(model) for piece in m.pieces]
-    held = {p.data_ptr(): p for p in held}  # 0 for all that are empty
-    places = {m.master_part(piece).data_ptr(): (m, piece.start) for m, piece in places}
-    if held.keys() != places.keys():
-        raise ValueError(
-            "outer_optimizer does not hold this model's outer parameters; "
-            "make it from lte.outer_parameters(model), after convert and after moving the model"
-        )
-    return {places[pointer]: p for pointer, p in held.items()}
-
-
-def clear_moments(optimizer, merged, h):
-    """Zeros in the h-th head's place of all optimizer state of one tensor's heads."""
-    for p in merged.parameters(recurse=False):
-        for value in optimizer.state.get(p, {}).values():
-            if torch.is_tensor(value) and value.shape == p.shape:
-                value[h] = 0
-
-
-@cache
-def second_group(default, device):
-    """All processes once more, so that collectives of the thread and of the caller never mix."""
-    with collective("opening a second group"):
-        return dist.new_group(timeout=default._get_backend(device).options._timeout)
-
-
-def check_idle(layout, what):
-    """Raises RuntimeError while a merge is in flight."""
-    if layout.in_flight is not None:
-        raise RuntimeError(f"{what} while a merge is in flight; call its wait() first")
-
-
-def check_reset(tensors, reset, optimizer):
-    """A known reset, and for one that resets the optimizer whose state it must clear."""
-    check_choice("reset", reset, ("none", "B", "AB"))
-    if reset == "none":
-        return
-    if optimizer is None:
-        raise ValueError(f"reset={reset!r} needs optimizer=, to clear its state of what is reset")
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for m in tensors:
-        learns = isinstance(m, MultiheadLoRALinear) and m.lora_B.requires_grad
-        if learns and id(m.lora_B) not in held:
-            raise ValueError(f"the optimizer does not hold the factors of {m.plain}: wrong one?")
-
-
-# ------------------------------------------------------------------------------------------------
-# 8 training helpers
-# ------------------------------------------------------------------------------------------------
-
-
-def head_loss(losses, model):
-    """Sum over this process's heads of each head's mean loss; losses is (n b, ...), unreduced.
-
-    The sum, not the mean: a head's gradient must not depend on how many heads share its process.
-    For multi-head LoRA, where all heads share all samples, the plain mean.
-    """
-    layout = layout_of(model)
-    if not losses.dim():
-        raise ValueError("head_loss needs each sample's loss, not their mean; use reduction='none'")
-    if not layout.parallel:
-        return losses.mean()
-    return layout.split(losses).flatten(1).mean(1).sum()
+        self.model.in_flight = None
+        exchanged = self.exchanged.result()
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        self.apply(exchanged)
 
 
 @torch.no_grad()
-def clip_grad_norm_(model, max_norm):
-    """Clip each head's gradient to max_norm by its own norm; returns the norms (n,) before it.
+def merge(
+    model,
+    *,
+    optimizer=None,
+    reset="none",
+    decay=1.0,
+    wire="fp32",
+    outer_optimizer=None,
+    async_op=False,
+    part=(0, 1),
+):
+    """W <- decay W + (1/N) sum_n s (B_n A_n - B'_n A'_n); copies <- their mean. Collective.
 
-    Head by head, so that a head's step does not depend on its neighbours. For multi-head LoRA the
-    heads are one model with one norm. Warns where something that should learn has no gradient.
-    """
-    layout = layout_of(model)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if silent := [name for name, p in trained.items() if p.grad is None]:
-        warnings.warn(
-            f"no gradient for {', '.join(silent)}: a module was not called, or another one reads "
-            "its weight, which is frozen",
-            stacklevel=3,
-        )
-    learning = [p for p in trained.values() if p.grad is not None]
-    if not layout.parallel:
-        return nn.utils.clip_grad_norm_(learning, max_norm).expand(layout.heads)
-    grads, norms = [p.grad for p in learning], []
-    for h in range(layout.local):
-        mine = [g[h] for g in grads]
-        norms.append(nn.utils.get_total_norm(mine))
-        if mine:
-            torch._foreach_mul_(mine, (max_norm / (norms[-1] + 1e-6)).clamp(max=1.0))
-    return torch.stack(norms)
-
-
-# ------------------------------------------------------------------------------------------------
-# 9 checkpoints: written by any number of processes, read by any other
-# ------------------------------------------------------------------------------------------------
-
-KEEP = 2  # whole checkpoints in a directory; older ones are removed
-
-
-def save(directory, model, optimizer=None, outer_optimizer=None, *, step, **extra):
-    """Write directory/step_00000120, or nothing: aside, and renamed when whole. Collective.
-
-    Everything that training goes on with, at any step of a cycle: factors, those of the last merge,
-    copies, optimizer state, master, outer state, counters. torch.distributed.checkpoint writes it,
-    each head under keys of its own. The directory has to be one that all processes share. A plain
-    model (dense training) is saved too. The last KEEP checkpoints stay.
+    Right after it every head computes just what the merged model computes, and merging again (with
+    decay 1) changes nothing. A head with NaN, inf or an update that overflows is left out, and
+    starts again from the merged model; without optimizer state, if `optimizer` is given.
 
     Args:
-        step: optimizer steps done. extra: what else load shall return; anything json can hold.
-    Raises: RuntimeError while a merge is in flight; ValueError for what cannot be saved; OSError
-        where the disk fails; ProcessLost. The checkpoints that are there stay whole.
+        optimizer: needed for a reset, which clears its whole state of what was reset.
+        reset: "none": factors and their optimizer state go on. "B": B <- 0. "AB": and a new A.
+        decay: factor on W of low-rank layers, the product of (1 - rate_t wd) since the last merge.
+        wire: what each process rounds its sum of deltas to before it is sent, one of BASES.
+        outer_optimizer: of outer_parameters(model); steps with minus the mean as gradient.
+        async_op: return a Merge at once; heads may learn on until its wait(), which applies it.
+        part: (k, K): the k-th of K groups of tensors alone, to spread the traffic over the steps.
+    Raises: ValueError, FloatingPointError (no head is finite), RuntimeError, nothing changed;
+        ProcessLost, after which the run has to go on from a checkpoint.
+    Source: the paper's LTE update; telescoped, W = W_start + (s/N) sum_n B_n A_n without reset.
     """
-    import torch.distributed.checkpoint as dcp
-
-    layout = run_layout(model, "save")
-    final = Path(directory) / f"step_{step:08d}"
-    aside = final.with_suffix(".new")
-    meta = dict(version=__version__, step=step, extra=extra, about=about(model))
-    meta |= dict(merges=layout.merges, left_out=layout.left_out, bytes_sent=layout.bytes_sent)
-    meta["dropout"] = {m.name: m.calls for m in model.modules() if isinstance(m, HeadDropout)}
-    meta["optimizers"] = [describe(*o) for o in optimizers(model, optimizer, outer_optimizer)]
-    try:
-        json.dumps(meta)
-    except TypeError as error:
-        raise ValueError(f"a checkpoint's extra values must fit json: {error}") from None
-    if layout.rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed while saving
-        aside.mkdir(parents=True)
-    barrier(f"saving {final.name}")
-    tensors = checkpoint_tensors(model, layout, optimizer, outer_optimizer)
-    storage(dcp.save, tensors, aside, layout)
-    if layout.rank == 0:
-        finish_checkpoint(aside, final, meta)
-    barrier(f"saving {final.name}")
+    model = wrapped(model, idle=True)
+    check_choice("wire", wire, BASES)
+    check_choice("reset", reset, ("none", "B", "AB"))
+    if reset != "none" and (optimizer is None or async_op):
+        raise ValueError(f"reset={reset!r} needs optimizer=, and async_op=False")
+    if not (0 < decay <= 1 and 0 <= part[0] < part[1]):
+        raise ValueError(f"decay={decay!r}, part={part!r}: use 0 < decay <= 1, (k, K) with k < K")
+    if thawed := [name for name, p in model.frozen.items() if p.requires_grad]:
+        raise ValueError(f"{thawed} were frozen while wrapping; let them train before it, or never")
+    check_optimizer(optimizer, model.heads.parameters())
+    check_optimizer(outer_optimizer, [b.outer for b in model.shared if not b.statistic], every=True)
+    work = Merge(model, part, optimizer, reset, decay, wire, outer_optimizer)
+    return work.start() if async_op else work.apply(work.exchange())
 
 
-def finish_checkpoint(aside, final, meta):
-    """meta.json with every file's size, then the new name, then away with the old ones."""
-    import torch.distributed.checkpoint as dcp
-
-    places = dcp.FileSystemReader(aside).read_metadata().storage_data.values()
-    missing = {p.relative_path for p in places if not (aside / p.relative_path).exists()}
-    if missing:
-        raise OSError(
-            f"{aside} lacks {', '.join(sorted(missing))}, which other processes wrote; "
-            "checkpoints need a directory that all machines share"
-        )
-    meta["files"] = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
-    (aside / "meta.json").write_text(json.dumps(meta, indent=1))
-    discard(final)  # only where a run went on from an earlier one
-    os.replace(aside, final)
-    there = checkpoints(final.parent)
-    at = there.index(final)  # what is newer this run has gone back behind
-    for path in there[:at] + there[at + KEEP :]:
-        discard(path)
+# ------------------------------------------------------------------------------------------------
+# 7 training helpers, export
 
 
-def discard(path):
-    """Remove a checkpoint; its name goes first, so that no half of one ever bears it."""
-    old = path.with_suffix(".old")
-    if old.exists():  # of a run that was killed here
-        shutil.rmtree(old)
-    if path.exists():
-        shutil.rmtree(path.rename(old))
+def clip_grad_norm_(model, max_norm):
+    """Clip each head's gradient to max_norm by its own norm; returns the norms (n,) before it."""
+    heads = wrapped(model).heads
+    return torch.stack([nn.utils.clip_grad_norm_(head.parameters(), max_norm) for head in heads])
+
+
+def merged_state_dict(model, exact=True):
+    """The merged model under the plain model's names, from the exact master. Collective.
+
+    Not what heads learnt since the last merge. exact=False: W as the forward pass sees it; heads
+    learnt beside that rounding, so that in 4 bits it tests better.
+    """
+    model = wrapped(model, idle=True)
+    tensors = model.module.state_dict()  # what heads do not change
+    tensors |= {base.name: base.exact() if exact else base.dense() for base in model.shared}
+    return {n: t.detach().clone() if torch.is_tensor(t) else t for n, t in tensors.items()}
+
+
+# ------------------------------------------------------------------------------------------------
+# 8 checkpoints: written by any number of processes, read by any other
+
+COUNTERS = "merges", "left_out", "calls", "bytes_sent"
+
+
+def about(model, **optimizers):
+    """What a checkpoint and the run that reads it must have in common, as json."""
+    groups = {name: [type(o).__name__, len(o.param_groups)] for name, o in optimizers.items() if o}
+    return {"version": __version__} | model.about | groups
 
 
 def checkpoints(directory):
     """The checkpoints in a directory, the newest first."""
-    found = [p for p in Path(directory).glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
-
-
-@torch.no_grad()
-def load(directory, model, optimizer=None, outer_optimizer=None, *, previous=False):
-    """Go on from the newest checkpoint of a directory. Collective; returns step and extra, a dict.
-
-    The model has to be converted as the one that was saved, by any number of processes.
-
-    Args:
-        previous: if the newest is not whole, take the one before it, with a warning.
-    Raises: ValueError, nothing changed, for a checkpoint that is not whole or of another model;
-        FileNotFoundError if there is none.
-    """
-    import torch.distributed.checkpoint as dcp
-
-    layout = run_layout(model, "load")
-    path, meta = newest(directory, previous)
-    agree(checkpoint=path.name)
-    ours = about(model)
-    for name in meta["about"] | ours:
-        if (theirs := meta["about"].get(name)) != (mine := ours.get(name)):
-            raise ValueError(f"{path} was saved with {name} = {theirs}, but this run has {mine}")
-    given = optimizers(model, optimizer, outer_optimizer)
-    for (mine, _), saved in zip(given, meta["optimizers"], strict=True):
-        check_optimizer(path, mine, saved)
-    for (mine, names), saved in zip(given, meta["optimizers"], strict=True):
-        revive(mine, names, saved)
-    tensors = checkpoint_tensors(model, layout, optimizer, outer_optimizer)
-    storage(dcp.load, tensors, path, layout)
-    for m in merged_tensors(model):
-        for piece in m.pieces:
-            m.rows[piece] = encode(m.gathered(piece), m.base)
-    for name in ("merges", "left_out", "bytes_sent"):
-        setattr(layout, name, meta[name])
-    for m in model.modules():
-        if isinstance(m, HeadDropout):
-            m.calls = meta["dropout"][m.name]
-    return {"step": meta["step"], **meta["extra"]}
+    return sorted(Path(directory).glob("step_" + 8 * "[0-9]"), reverse=True)
 
 
 def newest(directory, previous=False):
@@ -1621,354 +939,162 @@ def newest(directory, previous=False):
     if not found:
         raise FileNotFoundError(f"{directory} holds no checkpoint (step_...); train from the start")
     for path in found if previous else found[:1]:
-        if not (reason := damage(path)):
-            return path, json.loads((path / "meta.json").read_text())
-        if previous and path != found[-1]:
-            warnings.warn(f"{path} is not whole ({reason}); trying the one before it", stacklevel=3)
-    raise ValueError(
-        f"{path} is not whole ({reason}); "
-        + ("there is no other" if previous else "previous=True takes the one before it")
-    )
+        with suppress(OSError, ValueError, KeyError):
+            meta = json.loads((path / "meta.json").read_text())
+            if all((path / name).stat().st_size == size for name, size in meta["files"].items()):
+                return path, meta
+    raise ValueError(f"{path} is not whole; remove it, or give previous=True for one before it")
 
 
-def damage(path):
-    """What is missing from a checkpoint, in words; "" if nothing is."""
-    try:
-        files = json.loads((path / "meta.json").read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "meta.json is missing or cut short"
-    for name, size in files.items():
-        there = (path / name).stat().st_size if (path / name).exists() else 0
-        if there != size:
-            return f"{name} has {there} of {size} bytes"
-    return ""
+def save(directory, model, optimizer, outer_optimizer=None, *, step, **extra):
+    """Write directory/step_00000120, or nothing: aside, and renamed when whole. Collective.
 
-
-def run_layout(model, what):
-    """The layout of a converted model, with no merge in flight; for a plain one its processes."""
-    layout = layout_of(model) if merged_tensors(model) else Layout(processes()[1])
-    check_idle(layout, what)
-    return layout
-
-
-def about(model):
-    """What two models must have in common for one to go on where the other stopped, in words."""
-    words, merged = {}, merged_tensors(model)
-    if merged:
-        words |= {n: getattr(layout_of(model), n) for n in ("heads", "parallel", "seed")}
-    for m in merged:
-        low_rank = isinstance(m, MultiheadLoRALinear)
-        rank = f", r {m.r}, scaling {m.scaling:g}, base {m.base}" if low_rank else ", copied"
-        words[m.plain] = f"{tuple(m.shape)} {m.dtype}{rank}"
-    ours = [m for m in model.modules() if isinstance(m, (Merged, PerHead))]
-    ours = {id(t) for m in ours for t in (*m.parameters(), *m.buffers())}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if torch.is_tensor(tensor) and id(tensor) not in ours:
-            words[f"the shape of {name.replace('_orig_mod.', '')}"] = str(tuple(tensor.shape))
-    words |= {m.name: "dropout" for m in model.modules() if isinstance(m, HeadDropout)}
-    return words
-
-
-def optimizers(model, optimizer, outer_optimizer):
-    """(optimizer or None, {id of a parameter: its name}) of the inner and the outer optimizer."""
-    names = {id(p): n.replace("_orig_mod.", "") for n, p in model.named_parameters()}
-    parts = outer_parts(model, outer_optimizer) or {}
-    outer = {id(p): f"{m.plain}/{start // PIECE}" for (m, start), p in parts.items()}
-    for group in optimizer.param_groups if optimizer else ():
-        if not all(id(p) in names for p in group["params"]):
-            raise ValueError("the optimizer holds parameters that are not this model's")
-    return (optimizer, names), (outer_optimizer, outer)
-
-
-def describe(optimizer, names):
-    """An optimizer's numbers, as json: groups, and for each parameter's state what it is."""
-    if optimizer is None:
-        return None
-    states = {}
-    for p, state in optimizer.state.items():
-        if not p.numel():  # an outer parameter of which this process has no rows
-            continue
-        states[names[id(p)]] = words = {}
-        for key, value in state.items():
-            words[key] = value
-            if torch.is_tensor(value) and value.shape == p.shape:
-                words[key] = "tensor"
-            elif torch.is_tensor(value):
-                if value.dim():
-                    raise ValueError(
-                        f"the optimizer's {key} of {names[id(p)]} is {tuple(value.shape)}; only "
-                        "numbers and tensors of the parameter's shape can be given to other heads"
-                    )
-                words[key] = [value.item(), str(value.dtype).removeprefix("torch.")]
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    groups = [{k: float(v) if torch.is_tensor(v) else v for k, v in g.items()} for g in groups]
-    return dict(kind=type(optimizer).__name__, groups=groups, states=states)
-
-
-def check_optimizer(path, optimizer, saved):
-    """The optimizer that is to be loaded must be one like that which was saved."""
-    if optimizer is None:
-        return
-    kind, groups = type(optimizer).__name__, len(optimizer.param_groups)
-    if saved is None or (saved["kind"], len(saved["groups"])) != (kind, groups):
-        theirs = f"{saved['kind']} of {len(saved['groups'])} groups" if saved else "none"
-        raise ValueError(f"{path} was saved with optimizer {theirs}, this is {kind} of {groups}")
-
-
-def revive(optimizer, names, saved):
-    """Groups and numbers as they were saved, and tensors to read the rest into."""
-    if optimizer is None:
-        return
-    state, places = optimizer.state_dict(), {}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            places[len(places)] = {}
-            for key, word in saved["states"].get(names.get(id(p)), {}).items():
-                if word == "tensor":
-                    word = torch.zeros_like(p)
-                elif isinstance(word, list):
-                    word = torch.tensor(word[0], dtype=getattr(torch, word[1]))
-                places[len(places) - 1][key] = word
-    state["state"] = {k: entry for k, entry in places.items() if entry}
-    for group, words in zip(state["param_groups"], saved["groups"], strict=True):
-        for key, word in words.items():
-            group[key] = tuple(word) if isinstance(word, list) else word
-    optimizer.load_state_dict(state)
-
-
-def checkpoint_tensors(model, layout, optimizer, outer_optimizer):
-    """key -> tensor, views into the run. A head's are keyed by its number, so that any process can
-    read any head; parts of the master are DTensors, which know their place in the whole.
+    head_0003.pt has what a head trains and its optimizer's state, base.pt what all share. The
+    directory is one for all processes; its last two checkpoints stay.
+    step: optimizer steps done; extra: what else load shall return, anything json can hold.
     """
-    heads, whole, sharded = {}, {}, {}
-    for prefix, module in model.named_modules():
-        stacked = heads if isinstance(module, (Merged, PerHead)) else whole
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            exact = isinstance(module, Merged) and name in ("rows", "master")
-            if tensor is None or exact or name in module._non_persistent_buffers_set:
-                continue
-            full = f"{prefix}.{name}" if prefix else name
-            stacked[full.replace("_orig_mod.", "")] = tensor.detach()
-    (_, names), _ = optimizers(model, optimizer, None)
-    for p, state in optimizer.state.items() if optimizer else ():
-        for key, value in state.items():
-            if torch.is_tensor(value) and value.shape == p.shape:
-                kind = heads if names[id(p)] in heads else whole
-                kind[f"{names[id(p)]}/{key}"] = value
-    outer = outer_parts(model, outer_optimizer) or {}
-    for m in merged_tensors(model):
-        for piece in m.pieces:
-            key = f"{m.plain}/{piece.start // PIECE}"
-            sharded[key] = m.master_part(piece), piece
-            p = outer.get((m, piece.start))
-            for name, value in outer_optimizer.state[p].items() if p is not None else ():
-                if torch.is_tensor(value) and value.dim():
-                    sharded[f"{key}/{name}"] = value, piece
-    first = layout.rank * layout.local
-    tensors = {f"whole/{key}": tensor for key, tensor in whole.items()}
-    for key, tensor in heads.items():
-        tensors |= {f"head {first + h}/{key}": tensor[h] for h in range(layout.local)}
-    return tensors | {f"master/{key}": t for key, t in distribute(sharded, layout).items()}
+    model = wrapped(model, idle=True)
+    check_optimizer(optimizer, model.heads.parameters())
+    final = Path(directory) / f"step_{step:08d}"
+    aside = final.with_suffix(".new")
+    common = about(model, optimizer=optimizer, outer_optimizer=outer_optimizer)
+    meta = dict(version=__version__, about=common, step=step, extra=extra)
+    meta["counters"] = {name: getattr(model, name) for name in COUNTERS}
+    json.dumps(meta)  # what json cannot hold is an error before anything is written
+    if model.rank == 0:
+        for left in aside, *final.parent.glob("step_*.old"):  # by a run that was killed in here
+            shutil.rmtree(left, ignore_errors=True)
+        aside.mkdir(parents=True)
+    agree(saving=final.name)
+    for n, head in enumerate(model.heads, model.first):
+        tensors = {name: t for name, t in head.state_dict().items() if name not in model.frozen}
+        states = {name: optimizer.state.get(p, {}) for name, p in head.named_parameters()}
+        torch.save(dict(tensors=tensors, states=states), aside / f"head_{n:04d}.pt")
+    saved = dict(model=merged_state_dict(model), groups=optimizer.state_dict()["param_groups"])
+    if outer_optimizer is not None:
+        states = {b: outer_optimizer.state.get(b.outer, {}) for b in model.shared}
+        saved["outer"] = {b.name: tree_map(b.whole, state) for b, state in states.items()}
+        saved["outer_groups"] = outer_optimizer.state_dict()["param_groups"]
+    agree(saved=final.name)
+    if model.rank == 0:
+        torch.save(saved, aside / "base.pt")
+        meta["files"] = {file.name: file.stat().st_size for file in sorted(aside.iterdir())}
+        (aside / "meta.json").write_text(json.dumps(meta, indent=1))
+        kept = [path for path in checkpoints(directory) if path < final][:1]
+        for path in set(checkpoints(directory)) - set(kept):
+            path.replace(path.with_suffix(".old"))  # half of one must not be taken for one
+        aside.replace(final)
+        for old in final.parent.glob("step_*.old"):
+            shutil.rmtree(old)
+    agree(renamed=final.name)
 
 
-def distribute(sharded, layout):
-    """key -> (this process's rows, piece) as DTensors; as they are on one process."""
-    if layout.world == 1 or not sharded:
-        return {key: part for key, (part, _) in sharded.items()}
-    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
-
-    device = next(iter(sharded.values()))[0].device.type
-    mesh = init_device_mesh(device, (layout.world,))
-    return {
-        key: DTensor.from_local(
-            part,
-            mesh,
-            [Shard(0)],
-            run_check=False,
-            shape=torch.Size((piece.stop - piece.start, BLOCK)),
-            stride=(BLOCK, 1),
-        )
-        for key, (part, piece) in sharded.items()
-    }
-
-
-def storage(call, tensors, path, layout):
-    """torch.distributed.checkpoint's save or load, its errors as ProcessLost or OSError."""
-    from torch.distributed.checkpoint import CheckpointException
-
-    try:
-        with collective(f"{call.__name__} of {path}"), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is")  # one process is what we want
-            call(tensors, checkpoint_id=path, no_dist=layout.world == 1)
-    except CheckpointException as error:
-        rank, (reason, _) = next(iter(error.failures.items()))
-        raise OSError(f"{call.__name__} of {path} failed on process {rank}: {reason}") from error
-
-
-def barrier(what):
-    """All processes wait here for each other; nothing on one."""
-    if processes()[1] > 1:
-        with collective(what):
-            dist.barrier()
-
-
-# ------------------------------------------------------------------------------------------------
-# 10 export and counts
-# ------------------------------------------------------------------------------------------------
+def restore(optimizer, states, groups):
+    """Gives an optimizer the state of those parameters that it holds, and its groups' options."""
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        group.update(saved, params=group["params"])
+        for p in states.keys() & set(group["params"]):
+            optimizer.state[p] = copy.deepcopy(states[p])  # what was read is a view of a file
+    optimizer.load_state_dict(optimizer.state_dict())  # torch moves each to where it belongs
 
 
 @torch.no_grad()
-def merged_state_dict(model, exact=True):
-    """The merged model under the plain model's names, from the exact master. Collective.
+def load(directory, model, optimizer, outer_optimizer=None, *, previous=False):
+    """Go on from the newest checkpoint, or the newest whole one if `previous`; its step and extra.
 
-    Loads strictly into the model as it was before convert. What heads learnt since the last merge
-    is not in it: merge first.
-
-    Args:
-        exact: False: W as the forward pass sees it, rounded where the base rounds. Heads learnt
-            beside the rounding, which in 4 bits tests better than what it was rounded from.
+    Collective. Raises: FileNotFoundError, ValueError, nothing changed.
     """
-    layout, tensors = layout_of(model), {}
-    check_idle(layout, "export")
-    for name, tensor in model.state_dict().items():  # what convert left where it was
-        name = name if name in layout.names else name.replace("_orig_mod.", "")
-        if name in layout.names:
-            tensors[name] = tensor.detach().clone()
-    for m in model.modules():
-        if isinstance(m, Merged):
-            tensors[m.plain] = m.exact() if exact else m.dense().clone()
-        elif isinstance(m, PerHead):  # whole-number buffers: equal for all heads
-            tensors |= {m.prefix + n: b[0].clone() for n, b in m.named_buffers(recurse=False)}
-    return {name: tensors[name] for name in layout.names}
+    model = wrapped(model, idle=True)
+    check_optimizer(optimizer, model.heads.parameters())
+    path, meta = newest(directory, previous)
+    agree(checkpoint=path.name)
+    ours = about(model, optimizer=optimizer, outer_optimizer=outer_optimizer)
+    theirs = meta["about"] | {"version": meta["version"]}
+    if different := [name for name in [*ours, *theirs] if ours.get(name) != theirs.get(name)]:
+        there, here = theirs.get(different[0]), ours.get(different[0])
+        raise ValueError(f"{path} was saved with {different[0]} = {there}, this run has {here}")
+    options = dict(map_location="cpu", weights_only=True, mmap=True)
+    shared, states = torch.load(path / "base.pt", **options), {}
+    model.module.load_state_dict(shared["model"], strict=False)  # what is frozen, too
+    for n, head in enumerate(model.heads, model.first):
+        saved = torch.load(path / f"head_{n:04d}.pt", **options)
+        head.load_state_dict(saved["tensors"], strict=False)
+        states |= {p: saved["states"][name] for name, p in head.named_parameters()}
+    restore(optimizer, states, shared["groups"])
+    for base in model.shared:
+        rows = base.to_rows(shared["model"][base.name].to(base.rows.device))
+        base.rows.copy_(encode(rows, base.format))
+        base.shard.copy_(rows[base.mine])
+    if outer_optimizer is not None:
+        states = {b.outer: tree_map(b.share_of, shared["outer"][b.name]) for b in model.shared}
+        restore(outer_optimizer, states, shared["outer_groups"])
+    vars(model).update(meta["counters"])
+    return {"step": meta["step"], **meta["extra"]}
 
 
-HELD = {  # what a tensor's name says of it; the rest of what heads own are copies
-    "rows": "forward",
-    "master": "master",
-    "lora_A": "factors",
-    "lora_B": "factors",
-    "merged_A": "old factors",
-    "merged_B": "old factors",
-}
+# ------------------------------------------------------------------------------------------------
+# 9 measures: who owns what, bytes held and sent, how far apart heads are
 
 
-def cost_report(model, optimizer=None, *, outer_optimizer=None, merge_every=1, wire="fp32",
-                workers=None):
+def census(model):
+    """{"low-rank": {name: size}, "copies": {...}, "frozen": {...}} of the plain model."""
+    model = wrapped(model)
+    low_rank = {base.name: base.numel for base in model.shared if base.low_rank}
+    copies = {base.name: base.numel for base in model.shared if not base.low_rank}
+    frozen = {name: p.numel() for name, p in model.frozen.items()}
+    return {"low-rank": low_rank, "copies": copies, "frozen": frozen}
+
+
+def cost_report(model, *, merge_every=1, wire="fp32", workers=None):
     """Bytes that one of `workers` processes (default: those running) holds and sends.
 
-    Returns {"held": by kind, "held_dense": by kind, "sent": by kind}.
-    held: what training keeps from step to step, and the gradients; "all" is the sum. On top come
-        activations, no more than a dense model's; one layer's W, formed and for a quantized base
-        decoded too, while it is multiplied with; and what a merge in flight keeps until wait().
-    held_dense: the same for data parallel AdamW, 16 bytes for every trained parameter in fp32.
-    sent: of one merge, for each row of 64 weights its "deltas" (all-to-all; 256 bytes in fp32,
-        128 in bf16, 36 in nf4) and its "forward" format (all-gather), each to P - 1 others, and
-        one byte a head that says whether it is sound; "merge" is their sum, "step" a step's share
-        of it where every merge_every steps are merged; "dense" a step of data parallel training,
-        an fp32 all-reduce of every trained parameter on a ring.
-
-    An optimizer counts with the state of its first step, if that is numbers and tensors of the
-    parameter's shape, and as one for all parameters, with its first group's options. Where
-    processes hold unequal shares, process 0 has the largest, and is meant.
+    Returns {"held", "held_dense", "sent"}, by kind; "all" is the sum. Held by AdamW between steps,
+    activations aside. Sent by one merge; "step": a step's share, "dense": an all-reduce's.
     """
-    layout, P = layout_of(model), workers or processes()[1]
-    if P < 1 or layout.heads % P:
-        raise ValueError(f"{layout.heads} heads do not spread over workers={P}; use a divisor")
-    owned, item = census(model), merged_tensors(model)[0].dtype.itemsize
-    trained = sum(owned["low-rank"].values()) + sum(owned["copies"].values())
-    held = bytes_held(model, optimizer, outer_optimizer, P)
-    dense = dict(weights=item * trained, gradients=item * trained, optimizer=2 * item * trained)
-    sent = dict(deltas=0, forward=0, heads=layout.heads // P * (P - 1))
-    for m in merged_tensors(model):
-        rows, row = sum(m.share(k, P) for k in m.pieces), torch.zeros(1, BLOCK, dtype=m.dtype)
-        sent["deltas"] += rows * encode(row, wire).nbytes * (P - 1)
-        sent["forward"] += rows * m.rows[0].nbytes * (P - 1)
-    held["all"], dense["all"], sent["merge"] = (sum(d.values()) for d in (held, dense, sent))
-    sent |= dict(step=sent["merge"] / merge_every, dense=8 * trained * (P - 1) / P)
-    return dict(held=held, held_dense=dense, sent=sent)
+    model = wrapped(model)
+    P = workers or model.world
+    heads, rest = divmod(len(model.heads) * model.world, P)  # of one worker
+    if rest:
+        raise ValueError(f"workers={P} do not share {model.total} heads; use a divisor")
+    row = encode(torch.zeros(1, BLOCK), wire).nbytes  # of deltas as they are sent
+    rows = {b: math.ceil(b.numel / BLOCK / P) for b in model.shared}  # of one share
+    forward = sum(n * b.rows[0].nbytes for b, n in rows.items())
+    master = sum(n * b.master[0].nbytes for b, n in rows.items() if b.master is not None)
+    deltas = sum(n * (8 * BLOCK if b.statistic else row) for b, n in rows.items())
+    own = {b: heads * sum(x.nbytes for x in b.learners[0].learnt()) for b in model.shared}
+    trained, merged = sum(own.values()), sum(own[b] for b in model.shared if b.low_rank)
+    dense = sum(b.numel * b.shard.dtype.itemsize for b in model.shared)
+    status = heads + sum(model.module.get_buffer(name).nbytes for name in model.carried)
+    merge = (deltas + forward + status) * (P - 1)
+    sent = {"merge": merge, "step": merge / merge_every, "dense": 2 * dense * (P - 1) / P}
+    held = {"forward": P * forward, "master": master, "trained": trained, "merged": merged}
+    held |= {"gradients": trained, "moments": 2 * trained}
+    held_dense = {"weights": dense, "gradients": dense, "moments": 2 * dense, "all": 4 * dense}
+    return {"held": held | {"all": sum(held.values())}, "held_dense": held_dense, "sent": sent}
 
 
-def bytes_held(model, optimizer, outer_optimizer, P):
-    """kind -> bytes on process 0 of P."""
-    held = dict.fromkeys([*HELD.values(), "copies", "gradients", "optimizer", "outer", "frozen"], 0)
-    state, outer_state = state_size(optimizer), state_size(outer_optimizer)
-    for m in model.modules():
-        for name, tensor in (*m._parameters.items(), *m._buffers.items()):
-            kind = HELD.get(name, "copies") if isinstance(m, (Merged, PerHead)) else "frozen"
-            if tensor is None or kind == "master":
-                continue
-            one_for_all = kind in ("forward", "frozen")  # the others have one for each head here
-            numel = tensor.numel() if one_for_all else tensor.numel() * processes()[1] // P
-            held[kind] += numel * tensor.itemsize
-            if tensor.requires_grad:
-                held["gradients"] += numel * tensor.itemsize
-                held["optimizer"] += numel * state[0] + state[1]
-        if isinstance(m, Merged):
-            part = sum(m.share(piece, P) for piece in m.pieces) * BLOCK  # of the master
-            held["master"] += part * m.dtype.itemsize if m.master is not None else 0
-            held["outer"] += part * outer_state[0] + len(m.pieces) * outer_state[1]
-    return held
-
-
-def state_size(optimizer):
-    """Bytes that an optimizer's first step leaves: (for each element, for each parameter)."""
-    if optimizer is None:
-        return 0, 0
-    like = optimizer.param_groups[0]["params"][0]
-    trial = torch.zeros(2, 3, dtype=like.dtype, device=like.device)
-    trial.grad = torch.zeros_like(trial)
-    other = copy.copy(optimizer)
-    other.param_groups = [{**optimizer.param_groups[0], "params": [trial]}]
-    other.state = defaultdict(dict)
-    other.step()
-    state = [value for value in other.state[trial].values() if torch.is_tensor(value)]
-    for_each = sum(value.itemsize for value in state if value.shape == trial.shape)
-    return for_each, sum(value.nbytes for value in state if value.shape != trial.shape)
-
-
-# ------------------------------------------------------------------------------------------------
-# 11 how far apart heads are
-# ------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
 def subspace_report(model):
     """How far apart the heads are, and how many directions the update has. Collective.
 
-    Returns {layer's weight: {"cosine", "grassmann", "effective_rank"}} of what the factors say now
-    (without reset: of everything learnt since the start).
-    cosine: mean over pairs of heads of <B_m A_m, B_n A_n> / (|B_m A_m| |B_n A_n|); NaN for one head
-        or where a head's B is zero.
+    Returns {weight: {"cosine", "grassmann", "effective_rank"}}, NaN for one head or nothing learnt.
+    cosine: mean over pairs of heads of <B_m A_m, B_n A_n> / (|B_m A_m| |B_n A_n|).
     grassmann: mean over pairs of sqrt(sum_j theta_j^2), theta_j the angles between the row spaces
-        of A_m and A_n, as a share of sqrt(r) pi / 2, its largest value (reached only where
-        2 r <= in; always 0 where r = in); NaN for one head.
-    effective_rank: exp(entropy of p), p the singular values of sum_n B_n A_n divided by their sum;
-        from 1 to min(in, out, N r). NaN where it is zero.
+        of A_m and A_n, as a share of sqrt(r) pi / 2, its largest value.
+    effective_rank: exp(entropy of p), p the singular values of sum_n B_n A_n over their sum.
     """
-    layout, report = layout_of(model), {}
-    upper = torch.ones(layout.heads, layout.heads).triu(1).bool()  # each pair once
-    for m in merged_tensors(model):
-        if not isinstance(m, MultiheadLoRALinear):
-            continue
-        factors = m.lora_A.detach(), m.lora_B.detach()
-        A, B = (all_gather(x, layout).flatten(0, 1).double() for x in factors)  # of all heads
-        # <B_m A_m, B_n A_n> = sum of (B_m^T B_n) * (A_m A_n^T): r x r, never out x in
-        inner = (pairs(B.mT) * pairs(A)).sum((2, 3))  # (N, N)
-        norms = inner.diagonal().sqrt()
-        Q = torch.linalg.qr(A.mT).Q.mT  # (N, r, in), orthonormal rows
-        theta = torch.linalg.svdvals(pairs(Q)).clamp(max=1).acos()  # (N, N, r)
-        distance = theta.square().sum(2).sqrt() / (math.sqrt(m.r) * math.pi / 2)
-        (all_A,), (all_B,) = side_by_side(A, B)
-        p = torch.linalg.svdvals(all_B @ all_A)
-        p = p / p.sum()
-        report[m.plain] = dict(
-            cosine=(inner / norms.outer(norms))[upper].mean().item(),
-            grassmann=distance[upper].mean().item(),
-            effective_rank=torch.special.entr(p).sum().exp().item(),
-        )
+    report = {}
+    for base in [b for b in wrapped(model).shared if b.low_rank]:
+        here = zip(*[lora.learnt() for lora in base.learners], strict=True)
+        A, B = (all_gather(torch.stack(x)).flatten(0, 1).double() for x in here)  # (N, ...)
+        m, n = torch.triu_indices(len(A), len(A), 1, device=A.device)  # each pair once
+        D = B @ A  # (N, out, in)
+        directions = D.flatten(1) / D.flatten(1).norm(dim=1, keepdim=True)
+        Q = torch.linalg.qr(A.mT).Q  # (N, in, r), orthonormal columns
+        angles = torch.linalg.svdvals(Q[m].mT @ Q[n]).clamp(max=1).acos()
+        distance = angles.square().sum(1).sqrt() / (math.sqrt(A.shape[1]) * math.pi / 2)
+        p = torch.linalg.svdvals(D.sum(0))
+        directed = torch.special.entr(p / p.sum()).sum().exp()
+        cosine = (directions[m] * directions[n]).sum(1)
+        values = {"cosine": cosine, "grassmann": distance, "effective_rank": directed}
+        report[base.name] = {name: value.mean().item() for name, value in values.items()}
     return report
-
-
-def pairs(x):
-    """x (N, r, k) -> (N, N, r, r), every x_m x_n^T."""
-    return x.unsqueeze(1) @ x.mT

@@ -941,7 +941,7 @@ def newest(directory, previous=False):
     for path in found if previous else found[:1]:
         with suppress(OSError, ValueError, KeyError):
             meta = json.loads((path / "meta.json").read_text())
-            if all((path / name).stat().st_size == size for name, size in meta["files"].items()):
+            if all((path / f).stat().st_size == n for f, n in meta.get("files", {}).items()):
                 return path, meta
     raise ValueError(f"{path} is not whole; remove it, or give previous=True for one before it")
 

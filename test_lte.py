@@ -16,7 +16,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import re
@@ -27,11 +26,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-import traceback
 import types
 import warnings
 import weakref
-from contextlib import redirect_stderr
 from datetime import timedelta
 from functools import cache, partial, wraps
 from pathlib import Path
@@ -52,20 +49,21 @@ from torch.nn.utils import parametrizations, rnn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
-from torchvision import datasets
 
 import lte
 import train
 
 torch.set_num_threads(1)  # bits are promised for equal thread counts; and forked processes are many
 
-N, R, IN, OUT, B = 3, 2, 5, 7, 4  # B: samples of one head
+N, R, IN, OUT, CLASSES, B = 3, 2, 5, 7, 3, 4  # B: samples of one head
 ALPHA = 3.0  # s = 1.5
-CLASSES = 3
 RESETS = "none", "B", "AB"
+SGD = partial(torch.optim.SGD, lr=0.1)
+NESTEROV = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
 
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
 same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)  # bit for bit
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 cases, raises, pairs = pytest.mark.parametrize, pytest.raises, itertools.combinations
 
 
@@ -128,15 +126,8 @@ def trained(**options):
     return model, optimizer
 
 
-def gradients(model, value):
-    model.zero_grad()
-    value.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
 def snapshot(model):
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {name: t.detach().clone() for name, t in tensors}
+    return {k: t.detach().clone() for k, t in [*model.named_parameters(), *model.named_buffers()]}
 
 
 def by_name(model, low_rank=None):
@@ -159,15 +150,6 @@ def weight_of(model, h, name):
     return base.dense() + (lora.scaling * update).detach().view(base.shape)
 
 
-def sgd(model):
-    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
-
-
-def nesterov(model):
-    parameters = lte.outer_parameters(model)
-    return torch.optim.SGD(parameters, lr=0.7, momentum=0.9, nesterov=True)
-
-
 class Twin:
     """The method as the paper writes it, with SGD: N plain modules, every matrix formed."""
 
@@ -179,33 +161,31 @@ class Twin:
             own |= {(k, f): getattr(base.learners[n], f).detach().clone() for f in "AB"}
         self.merged = [dict(own) for own in self.heads]
 
-    def weights(self, n, own):
+    def weights(self, n):
         """What head n computes with: W + s (B A - B' A'), and its copies."""
-        dense, old = {k: p for k, p in own.items() if k in self.W}, self.merged[n]
+        own, old = self.heads[n], self.merged[n]
+        dense = {k: own[k] for k in self.W if k in own}
         for k in self.low_rank:
             update = own[k, "B"] @ own[k, "A"] - old[k, "B"] @ old[k, "A"]
             dense[k] = self.W[k] + ALPHA / R * update
         return dense
 
+    def head(self, n, x):
+        return torch.func.functional_call(self.module, self.weights(n), x)
+
     def __call__(self, x):
-        parts = zip(enumerate(self.heads), x.chunk(N), strict=True)
-        run = partial(torch.func.functional_call, self.module)
-        return torch.cat([run(self.weights(n, own), x_n) for (n, own), x_n in parts])
+        return torch.cat([self.head(n, part) for n, part in enumerate(x.chunk(N))])
 
     def step(self, x, y, rate=0.1):
-        for own in self.heads:
-            own |= {k: p.clone().requires_grad_() for k, p in own.items()}
-        value, given = (
-            N * F.cross_entropy(self(x), y),
-            [p for own in self.heads for p in own.values()],
-        )
-        grads = iter(torch.autograd.grad(value, given))
-        for own in self.heads:
-            own |= {k: (p - rate * next(grads)).detach() for k, p in own.items()}
+        for n, (x_n, y_n) in enumerate(zip(x.chunk(N), y.chunk(N), strict=True)):
+            own = self.heads[n] = {k: p.clone().requires_grad_() for k, p in self.heads[n].items()}
+            grads = torch.autograd.grad(F.cross_entropy(self.head(n, x_n), y_n), [*own.values()])
+            steps = zip(own.items(), grads, strict=True)
+            self.heads[n] = {k: (p - rate * grad).detach() for (k, p), grad in steps}
 
     def send(self):
         """The mean of what heads hold now."""
-        weights = [self.weights(n, own) for n, own in enumerate(self.heads)]
+        weights = [self.weights(n) for n in range(N)]
         self.mean = {k: sum(w[k] for w in weights) / N for k in self.W}
         self.sent = [dict(own) for own in self.heads]
 
@@ -257,32 +237,26 @@ def on(*worlds):
 
 
 def run_on(test, given):
-    """One process's exception is raised here with its traceback."""
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([__name__])
+    """What each process returns, in their order; the first one's exception is raised here."""
+    torch.multiprocessing.set_forkserver_preload([__name__])
+    start = partial(torch.multiprocessing.start_processes, start_method="forkserver")
     with tempfile.TemporaryDirectory() as folder:
-        started = [(folder, rank, test, given) for rank in range(given["world"])]
-        ranks = [server.Process(target=one_process, args=each) for each in started]
-        [p.start() for p in ranks]
-        [p.join(90) for p in ranks]
-        hung = [rank for rank, p in enumerate(ranks) if p.is_alive()]
-        [(p.kill(), p.join()) for p in ranks]
-        errors = "\n".join(f.read_text() for f in sorted(Path(folder).glob("*.error")))
-        assert not hung and not errors, f"ranks {hung} hung\n{errors}"
+        start(one_process, (folder, test, given), given["world"])
+        return [torch.load(f, weights_only=False) for f in sorted(Path(folder).glob("rank*"))]
 
 
-def one_process(folder, rank, test, given):
+def one_process(rank, folder, test, given):
     warnings.simplefilter("error")
     torch.manual_seed(rank)
+    if given["world"] > 1:
+        meet(f"{folder}/meeting", rank, given["world"])
     try:
-        if given["world"] > 1:
-            meet(f"{folder}/meeting", rank, given["world"])
-        test.__wrapped__(**given)
-        if dist.is_initialized():
-            dist.barrier()
-            dist.destroy_process_group()
-    except BaseException:
-        Path(folder, f"{rank}.error").write_text(f"rank {rank}: {traceback.format_exc()}")
+        torch.save(getattr(test, "__wrapped__", test)(**given), f"{folder}/rank{rank}")
+    except (KeyboardInterrupt, SystemExit) as error:  # else taken for a good end
+        raise RuntimeError("the process was ended") from error
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def meet(place, rank, world, seconds=60):
@@ -290,8 +264,7 @@ def meet(place, rank, world, seconds=60):
     dist.init_process_group("gloo", init_method=f"file://{place}", **options)
 
 
-def everyone(value):
-    """What each process has."""
+def everyone(value):  # what each process has
     values = [value] * lte.processes()[1]
     if len(values) > 1:
         dist.all_gather_object(values, value)
@@ -309,8 +282,7 @@ def as_one_process(function, *args):
             same({n: head for _, there in theirs for n, head in there.items()}, heads)
 
 
-def outcome(model):
-    """What all processes hold, and what each head does, by its number."""
+def outcome(model):  # what all processes hold; and what each head does, by its number
     forward = {name: base.dense().clone() for name, base in by_name(model).items()}
     heads = [{k: t.detach().clone() for k, t in h.state_dict().items()} for h in model.heads]
     return (lte.merged_state_dict(model), forward), dict(enumerate(heads, model.first))
@@ -318,12 +290,12 @@ def outcome(model):
 
 def as_if_among(world, patch):
     """One process that believes to be the first of several; the others send what it sends."""
-    for name, result in dict(is_initialized=True, get_rank=0, get_world_size=world).items():
-        patch.setattr(dist, name, lambda *_, result=result: result)
-    patch.setattr(dist, "broadcast", lambda *_, **__: None)
-    patch.setattr(dist, "all_gather", lambda every, mine, **_: [t.copy_(mine) for t in every])
-    patch.setattr(dist, "all_gather_object", lambda *_, **__: None)
-    patch.setattr(dist, "all_to_all_single", lambda there, sent, **_: there.copy_(sent))
+    fakes = dict(is_initialized=lambda: True, get_rank=lambda *_: 0)
+    fakes["get_world_size"] = lambda *_: world
+    fakes |= dict.fromkeys(("broadcast", "all_gather_object"), lambda *_, **__: None)
+    fakes["all_gather"] = lambda every, mine, **_: [t.copy_(mine) for t in every]
+    fakes["all_to_all_single"] = lambda there, sent, **_: there.copy_(sent)
+    [patch.setattr(dist, name, fake) for name, fake in fakes.items()]
 
 
 def loose(**options):
@@ -380,9 +352,6 @@ class Forward:
         self.kept = checkpoint(lambda z: self.a(z).tanh(), x, use_reentrant=False)
         return self.out(self.kept)
 
-    def activated(self, x):
-        return self.activation(nn.BatchNorm1d.forward(self, x))
-
     def of_any_names(self, x):
         return x @ self.weight * (self.base + self.heads + self.names) * self.scalar
 
@@ -402,14 +371,12 @@ def models(b):
     """name -> module, its arguments: a batch of b samples"""
     torch.manual_seed(b)
     x, y, xs, images = (torch.randn(b, *s) for s in ((IN,), (OUT,), (3, IN), (3, 8, 8)))
-    ids, vision, chain = torch.randint(9, (b, 4)), torchvision.models, nn.Sequential
+    ids, wide, lengths = torch.randint(9, (b, 4)), torch.randn(b, 5, 6), 1 + torch.arange(b) % 3
+    vision, chain = torchvision.models, nn.Sequential
     torch.manual_seed(0)  # modules do not depend on b
-    a, last, square, table = (
-        nn.Linear(IN, OUT),
-        nn.Linear(OUT, 4),
-        nn.Linear(IN, IN),
-        nn.Embedding(9, IN),
-    )
+    a, last, square = nn.Linear(IN, OUT), nn.Linear(OUT, 4), nn.Linear(IN, IN)
+    table, lstm = nn.Embedding(9, IN), nn.LSTM(IN, OUT, 2, batch_first=True)
+    Swin = partial(vision.SwinTransformer, stochastic_depth_prob=0, num_classes=3)
     blocks = [vision.convnext.CNBlockConfig(*sizes, 1) for sizes in ((8, 12), (12, None))]
     layer = nn.TransformerEncoderLayer(IN + 1, 2, 10, dropout=0)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
@@ -418,7 +385,8 @@ def models(b):
     tied[3].weight = table.weight
     frozen = chain(nn.Linear(IN, OUT), nn.LayerNorm(OUT), nn.Linear(OUT, 4))
     frozen[2].weight.requires_grad_(False), frozen[0].bias.requires_grad_(False)
-    norm = type("Norm", (nn.BatchNorm1d,), dict(forward=Forward.activated))(IN)
+    activated = lambda self, x: self.activation(nn.BatchNorm1d.forward(self, x))  # noqa: E731
+    norm = type("Norm", (nn.BatchNorm1d,), dict(forward=activated))(IN)
     norm.activation, experts = nn.PReLU(), nn.ModuleList(nn.Linear(IN, OUT) for _ in range(4))
     kept = Model(Forward.recomputed, a=a, out=last)
     kept(torch.ones(2, IN))  # from now on it holds an activation, which is no leaf
@@ -426,28 +394,18 @@ def models(b):
     names |= dict(weight=nn.Parameter(torch.randn(IN, IN)), none=nn.Parameter(torch.ones(0, IN)))
     names |= dict(scalar=nn.Parameter(torch.tensor(2.0)), empty=torch.ones(0))
     codes = dict(codes=torch.randn(4, IN), uses=torch.tensor(0))
-    read = lambda self, x: F.linear(x, self.a.weight * 2, self.a.bias)  # noqa: E731
     place = lambda self, x: self.a(x + self.table(torch.arange(3)))  # noqa: E731
     second = lambda self, x: self.encoder(x.transpose(0, 1)).transpose(0, 1)  # noqa: E731
     both = lambda self, x, *, c, d: {"y": self.a(x["x"]) * c, "all": [d]}  # noqa: E731
     whole = lambda self, x, y: Output(z := self.a(x), F.mse_loss(z, y), (x * x,))  # noqa: E731
     return {
         "torchvision's ViT": (vision.VisionTransformer(**VIT), images),
-        "a Swin that reads its weights": (
-            vision.SwinTransformer(**SWIN, stochastic_depth_prob=0, num_classes=3),
-            images,
-        ),
+        "a Swin that reads its weights": (Swin(**SWIN), images),
         "a ResNet": (chain(vision.resnet.BasicBlock(3, 3), nn.Flatten()), images),
         "a ConvNeXt": (vision.ConvNeXt(blocks, num_classes=3), images),
-        "a transformer with the batch second": (
-            Model(second, encoder=encoder),
-            torch.randn(b, 5, 6),
-        ),
-        "attention with kdim": (attention, torch.randn(b, 3, 6), xs, torch.randn(b, 3, OUT)),
-        "an LSTM of packed sequences": (
-            Model(Forward.packed, a=nn.LSTM(IN, OUT, 2, batch_first=True), out=last),
-            *(xs, 1 + torch.arange(b) % 3),
-        ),
+        "a transformer with the batch second": (Model(second, encoder=encoder), wide),
+        "attention with kdim": (attention, wide[:, :3], xs, torch.randn(b, 3, OUT)),
+        "an LSTM of packed sequences": (Model(Forward.packed, a=lstm, out=last), xs, lengths),
         "a mixture of experts": (Model(Forward.routed, gate=nn.Linear(IN, 4), experts=experts), xs),
         "a position table looked up once": (Model(place, table=table, a=a), xs),
         "tied embeddings": (tied, ids),
@@ -458,13 +416,10 @@ def models(b):
         "a codebook buffer": (Model(Forward.quantized, a=a, **codes), x),
         "bounded norms": (chain(nn.Embedding(9, IN, max_norm=0.7), a), ids),
         "GPT-2's Conv1D": (chain(conv1d(), nn.Tanh(), last), x),
-        "a module that reads its layers' weights": (Model(read, a=a), x),
+        "weights read": (Model(lambda self, x: x @ self.a.weight.mT * 2 + self.a.bias, a=a), x),
         "dictionaries and keywords": (Model(both, a=a), {"x": x}, dict(c=y, d="kept")),
         "a dataclass of outputs with a loss of its own": (Model(whole, a=a), x, y),
-        "a model that returns its own loss": (
-            Model(lambda self, x, y: F.mse_loss(self.a(x), y), a=a),
-            *(x, y),
-        ),
+        "its own loss": (Model(lambda self, x, y: F.mse_loss(self.a(x), y), a=a), x, y),
         "a checkpointed function, an activation that is kept": (kept, x),
         "a root nn.Linear": (a, xs),
         "parameters of any name and size": (Model(Forward.of_any_names, **names), x),
@@ -499,8 +454,7 @@ def part_of(arguments, k, count):
     return parts
 
 
-# ------------------------------------------------------------------------------------------------
-# 1 processes
+# ---- 1 processes ----
 
 
 @cases("blocks, size", [(8, 1), (4, 2), (2, 4), (3, 4), (1, 7)])
@@ -586,14 +540,12 @@ def test_a_merge_that_loses_a_process_says_so_and_leaves_W_as_it_was(when, tmp_p
             lte.merge(model)
         os._exit(0)
     with raises(lte.ProcessLost, match="checkpoint"):
-        work = lte.merge(model, async_op=later)
-        work.wait()
+        lte.merge(model, async_op=later).wait()
     same(snapshot(model), before)
     (tmp_path / "said").touch(), os._exit(0)  # the group cannot be ended any more
 
 
-# ------------------------------------------------------------------------------------------------
-# 2 factors
+# ---- 2 factors ----
 
 
 @cases("init", ["orthogonal", "orthogonal_paper", "kaiming", "xavier"])
@@ -611,10 +563,9 @@ def test_every_head_layer_and_seed_draws_its_own_A_whatever_was_drawn_before():
     assert all(not torch.equal(a, b) for a, b in pairs(As, 2))
     module = nn.Sequential(net(), net())
     torch.manual_seed(7)
+    state = torch.get_rng_state()
     same([lora.A for lora in loras(wrap(module))], As[: len(As) // 2])
-    drawn = torch.rand(3)
-    torch.manual_seed(7)
-    same(drawn, torch.rand(3))
+    same(torch.get_rng_state(), state)
     lora = wrap(net(), r=50).heads[0][0].lora
     assert lora.A.shape == (IN, IN) and lora.B.shape == (OUT, IN) and lora.scaling == ALPHA / 50
     assert lte.LTE(net(), heads=N, r=3).heads[0][0].lora.scaling == 8
@@ -633,8 +584,7 @@ def test_the_update_is_BA_minus_what_is_merged_and_keeps_what_their_difference_l
     assert not (U @ V).any(), "zero exactly where nothing changed"
 
 
-# ------------------------------------------------------------------------------------------------
-# 3 base
+# ---- 3 base ----
 
 ERRORS = dict(fp32=(256, 0), bf16=(128, 2**-8), int8=(68, 0.02), nf4=(36, 0.16), fp4=(36, 0.17))
 
@@ -647,7 +597,7 @@ def rounded(x, format):
 
 
 @cases("base", lte.BASES)
-def test_a_row_of_64_weights_has_its_size_its_own_scale_and_half_a_step_of_error(base):
+def test_a_row_has_its_size_scale_and_error_or_asks_for_bitsandbytes(base, monkeypatch):
     (nbytes, error), x = ERRORS[base], torch.randn(6, 64) / 20
     x[2:4] *= torch.tensor([[1e-3], [0]])
     assert lte.encode(x, base)[0].nbytes == nbytes
@@ -656,6 +606,11 @@ def test_a_row_of_64_weights_has_its_size_its_own_scale_and_half_a_step_of_error
     if base == "nf4":  # what bitsandbytes makes of it
         coded = bnb.quantize_4bit(x, blocksize=64, quant_type=base)
         same(rounded(x, base), bnb.dequantize_4bit(*coded))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    calls = (lambda: wrap(net(), base=base)), (lambda: lte.merge(wrap(net()), wire=base))
+    for call in calls if base in ("int8", "nf4", "fp4") else ():
+        with raises(ImportError, match="pip install bitsandbytes"):
+            call()
 
 
 @cases("base", lte.BASES)
@@ -676,16 +631,7 @@ def test_a_quantized_base_loses_nothing_and_its_forward_copy_is_always_its_round
     assert (x - rounded(W, "nf4")).flatten() @ tiny.flatten() < 10 * tiny.norm() ** 2
 
 
-@cases("kind", ["int8", "nf4", "fp4"])
-def test_missing_bitsandbytes_is_one_sentence(kind, monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    for call in (lambda: wrap(net(), base=kind), lambda: lte.merge(wrap(net()), wire=kind)):
-        with raises(ImportError, match="pip install bitsandbytes"):
-            call()
-
-
-# ------------------------------------------------------------------------------------------------
-# 4 what a head trains
+# ---- 4 what a head trains ----
 
 
 @cases("tokens, formed", [(1, False), (2, False), (B, True)])
@@ -743,19 +689,7 @@ def test_under_autocast_an_update_of_a_thousandth_of_W_shows_whole(called, token
         assert grad.dtype == torch.float32 and (grad - exact).norm() < 0.03 * exact.norm()
 
 
-def test_hooks_of_a_layer_fire_and_input_of_another_type_is_refused():
-    calls, module = [], net()
-    module[0].register_forward_hook(lambda layer, args, y: calls.append(layer))
-    model = wrap(module)
-    model(batch()[0]), model.eval()(batch()[0])
-    assert calls == [head[0] for head in (*model.heads, model.module)]
-    for dtype in (torch.long, torch.float32, torch.float16):
-        with raises(TypeError, match=f"{dtype}"):
-            model.train()(batch()[0].to(dtype))
-
-
-# ------------------------------------------------------------------------------------------------
-# 5 the model
+# ---- 5 the model ----
 
 
 @cases("heads", [1, N])
@@ -791,7 +725,7 @@ def test_in_every_layout_a_head_computes_and_differentiates_what_the_plain_model
 def test_wrapping_changes_nothing_and_after_a_merge_each_head_computes_the_merged_model(name, base):
     module, args, kwargs = make(name, 2)
     model, plain = wrap(module, base=base), make(name)[0].eval()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = SGD(model.parameters())
     same(lte.merged_state_dict(model), module.state_dict())
     for reset in ("start", *RESETS):
         if reset != "start":
@@ -807,10 +741,9 @@ def test_dropout_differs_between_heads_and_calls_and_never_depends_on_what_was_d
     masks = [part != 0 for _ in range(2) for part in model(x).chunk(N)]
     assert all(not torch.equal(a, b) for a, b in pairs(masks, 2))
     torch.manual_seed(9)
-    drawn = torch.rand(3)
-    torch.manual_seed(9)
+    state = torch.get_rng_state()
     same([part != 0 for _ in range(2) for part in other(x).chunk(N)], masks)
-    same(torch.rand(3), drawn)
+    same(torch.get_rng_state(), state)
     assert not torch.equal(wrap(module, seed=1)(x) != 0, torch.cat(masks[:N]))
     module[1].eval()  # a part in eval mode stays there
     model = wrap(module)
@@ -828,6 +761,20 @@ CUT = {  # arguments, what the module returns
     "batch second": ([torch.eye(N)], lambda self, x: x.mT),
     "packed": ([torch.eye(N)], lambda self, x: rnn.pack_sequence([row for row in x])),
 }
+REFUSED = {
+    "heads=0.*multiple of 1": (net, dict(heads=0)),
+    "r=-1": (net, dict(r=-1)),
+    "lora_alpha=nan": (net, dict(lora_alpha=math.nan)),
+    "base='fp8'.*nf4": (net, dict(base="fp8")),
+    "0.weight is torch.float16.*float32": (lambda: net().half(), {}),
+    "w is .*complex64": (lambda: Model(None, w=nn.Parameter(torch.ones(1) * 1j)), {}),
+    "0.weight has no values": (lambda: nn.Sequential(nn.LazyLinear(3)), {}),
+    "nothing to train.*requires_grad": (lambda: net().requires_grad_(False), {}),
+    "is wrapped": (lambda: nn.Sequential(wrap(net())), {}),
+    "attribute lora": (lambda: Model(None, weight=nn.Parameter(torch.ones(2, 2)), lora=None), {}),
+    "heads=3.*2": (net, dict(heads=3)),
+    "parallel=False": (net, dict(heads=2, parallel=False)),
+}
 
 
 @cases("case", CUT)
@@ -840,9 +787,16 @@ def test_several_heads_of_a_process_cut_and_join_a_batch_strictly_and_one_takes_
         wrap(module)(*given)
 
 
+@cases("says", REFUSED)
+def test_what_cannot_be_wrapped_is_refused_in_one_sentence(says, monkeypatch):
+    make_module, options = REFUSED[says]
+    as_if_among(2, monkeypatch) if "=3" in says or "parallel" in says else None
+    with raises((ValueError, TypeError), match=says):
+        wrap(make_module(), **options)
+
+
 @cases("base", lte.BASES)
 def test_eval_takes_any_batch_and_changes_nothing_that_a_merge_reads(base):
-
     def forward(self, ids):
         with torch.no_grad():
             self.out.weight.clamp_(-0.01, 0.01)
@@ -863,12 +817,8 @@ def test_each_parameter_has_one_owner_and_what_was_frozen_is_one_shared_tensor_f
     kinds = dict.fromkeys(dict(module.named_parameters()), "copies") | {"0.weight": "low-rank"}
     kinds |= {"0.bias": "frozen", "2.weight": "frozen"}
     assert {name: kind for kind, own in census.items() for name in own} == kinds
-    table = lte.census(wrap(make("bounded norms")[0]))
-    assert table == {
-        "low-rank": {"1.weight": 35},
-        "copies": {"0.weight": 45, "1.bias": 7},
-        "frozen": {},
-    }
+    sizes = {"low-rank": {"1.weight": 35}, "copies": {"0.weight": 45, "1.bias": 7}, "frozen": {}}
+    assert lte.census(wrap(make("bounded norms")[0])) == sizes
     frozen = [part[2].weight for part in (*model.heads, model.module)]
     assert all(w is frozen[0] for w in frozen) and not frozen[0].requires_grad
     same(frozen[0], module[2].weight)
@@ -898,31 +848,6 @@ def test_buffers_of_any_kind_are_each_heads_own_and_the_merged_model_has_head_0s
         same({k: state[k] for k in kinds}, kinds)
 
 
-REFUSED = {
-    "heads=0.*multiple of 1": (net, dict(heads=0)),
-    "r=-1": (net, dict(r=-1)),
-    "lora_alpha=nan": (net, dict(lora_alpha=math.nan)),
-    "base='fp8'.*nf4": (net, dict(base="fp8")),
-    "0.weight is torch.float16.*float32": (lambda: net().half(), {}),
-    "w is .*complex64": (lambda: Model(None, w=nn.Parameter(torch.ones(1) * 1j)), {}),
-    "0.weight has no values": (lambda: nn.Sequential(nn.LazyLinear(3)), {}),
-    "nothing to train.*requires_grad": (lambda: net().requires_grad_(False), {}),
-    "is wrapped": (lambda: nn.Sequential(wrap(net())), {}),
-    "attribute lora": (lambda: Model(None, weight=nn.Parameter(torch.ones(2, 2)), lora=None), {}),
-    "heads=3.*2": (net, dict(heads=3)),
-    "parallel=False": (net, dict(heads=2, parallel=False)),
-}
-
-
-@cases("says", REFUSED)
-def test_what_cannot_be_wrapped_is_refused_in_one_sentence(says, monkeypatch):
-    make_module, options = REFUSED[says]
-    module = make_module()
-    as_if_among(2, monkeypatch) if "=3" in says or "parallel" in says else None
-    with raises((ValueError, TypeError), match=says):
-        wrap(module, **options)
-
-
 def test_code_that_kept_an_old_weight_fails_loudly_and_the_plain_weights_are_let_go():
     module = Model(lambda self, x: x @ self.kept[0].mT, layer=nn.Linear(IN, OUT))
     module.kept = [module.layer.weight]
@@ -938,10 +863,18 @@ def test_code_that_kept_an_old_weight_fails_loudly_and_the_plain_weights_are_let
     assert gc.collect() >= 0 and weight() is None
 
 
-def test_a_moved_or_cast_model_goes_on_and_half_precision_is_refused():
+def test_hooks_fire_a_cast_model_goes_on_and_half_precision_or_other_input_is_refused():
+    calls, module = [], net()
+    module[0].register_forward_hook(lambda layer, args, y: calls.append(layer))
+    model = wrap(module)
+    model(batch()[0]), model.eval()(batch()[0])
+    assert calls == [head[0] for head in (*model.heads, model.module)]
+    for dtype in (torch.long, torch.float32, torch.float16):
+        with raises(TypeError, match=f"{dtype}"):
+            model.train()(batch()[0].to(dtype))
     model, (x, _) = wrap(net().float(), base="bf16"), batch()
     close(model.double()(x), wrap(net(), base="bf16")(x), rtol=1e-5, atol=1e-5)
-    lte.merge(learn(model), outer_optimizer=nesterov(model))
+    lte.merge(learn(model), outer_optimizer=NESTEROV(lte.outer_parameters(model)))
     close(model(x), model.module(x))
     lte.merge(busy := wrap(net()), async_op=True)
     calls = {"float32": model.half, "outer_parameters": model.float, "in flight": busy.float}
@@ -964,12 +897,7 @@ def test_a_copy_of_a_model_and_one_with_its_state_live_their_own_lives(world):
         same((twin.train()(x), twin.eval()(x)), (model.train()(x), model.eval()(x)))
 
 
-# ---- any optimizer, any layout: the same bits ----
-
-
-class Lamb(torch.optim.SGD):
-    """Its steps have the norm of the whole tensor: a trust ratio couples what it sees."""
-
+class Lamb(torch.optim.SGD):  # its trust ratio couples all that a step sees of a tensor
     def step(self):
         for p in (p for p in self.param_groups[0]["params"] if p.grad is not None):
             p.grad *= (1 + p.detach().norm()) / (1 + p.grad.norm())
@@ -1000,7 +928,7 @@ def a_run(optimizer="AdamW", base="fp32", outer=False, *, rate=0.01, weights=0, 
     module[0].bias.requires_grad_(False)
     model = wrap(module, **dict(heads=4, base=base) | options)
     inner = OPTIMIZERS[optimizer](model.parameters(), lr=rate)
-    return model, inner, nesterov(model) if outer else None
+    return model, inner, NESTEROV(lte.outer_parameters(model)) if outer else None
 
 
 def go_on(run, first=1, last=9, late=0, parts=1, reset="none", trouble=False):
@@ -1041,7 +969,7 @@ def train_all_models():
         module, *arguments = make(name, 4)
         model = wrap(module, heads=2)
         args, kwargs = part_of(arguments, model.rank, model.world)
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        optimizer = SGD(model.parameters())
         for _ in range(2):
             optimizer.zero_grad()
             mean_of(model(*args, **kwargs)).backward()
@@ -1057,25 +985,23 @@ def test_the_result_does_not_depend_on_the_layout_for_any_optimizer_and_any_mode
     as_one_process(train_all_models) if world == 2 else None
 
 
-# ------------------------------------------------------------------------------------------------
-# 6 merge
+# ---- 6 merge ----
 
 
 @cases("T, late, K", [(1, 0, 1), (2, 0, 1), (3, 1, 1), (3, 3, 1), (1, 0, 3), (2, 1, 2), (1, 1, 99)])
-def test_training_and_merging_equal_the_twin_step_by_step(T, late, K):
-    """Merges at once, or applied some steps after they were sent: no step is lost. Merged in K
-    parts every tensor obeys the laws by itself, and each is in one of them.
-    """
-    model, work, seen, last = wrap(net()), None, [], lte.merged_state_dict(wrap(net()))
-    twin, optimizer = Twin(net(), model), torch.optim.SGD(model.parameters(), 0.1)
-    for k in range(1, T * max(K, 6) + 1 + late):
-        if k <= T * max(K, 6):
-            x, y = batch(seed=k)
-            step(model, optimizer, x, y)
-            twin.step(x, y)
-        close(model(x), twin(x))
+@cases("device", ["cpu", pytest.param("cuda", marks=no_gpu)])
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # compiling
+def test_training_and_merging_equal_the_twin_step_by_step_also_compiled(T, late, K, device):
+    model, states = wrap(net()).to(device), torch.cuda.get_rng_state_all()
+    run = torch.compile(model, backend="eager") if late else model
+    work, seen, last = None, [], lte.merged_state_dict(model)
+    twin, optimizer, end = Twin(net(), model), SGD(model.parameters()), T * max(K, 6)
+    for k in range(1, end + 1 + late):
+        x, y = (t.to(device) for t in batch(seed=k))
+        step(run, optimizer, x, y), twin.step(x, y)
+        close(run(x), twin(x))
         for now in ("arrive", "send", "arrive"):
-            if now == "send" and k % T == 0 and not work and k <= T * max(K, 6):
+            if now == "send" and k % T == 0 and not work and k <= end:
                 twin.send()
                 work = lte.merge(model, part=(k // T % K, K), async_op=late > 0)
                 work, sent = work or model, k
@@ -1086,8 +1012,9 @@ def test_training_and_merging_equal_the_twin_step_by_step(T, late, K):
                 twin.arrive(changed)
                 close(W, twin.W)
                 last, seen = W, seen + changed
-        close(model(x), twin(x))
-    assert sorted(seen) == sorted([*twin.W] * (max(K, 6) // K))
+        close(run(x), twin(x))
+    same(torch.cuda.get_rng_state_all(), states)
+    assert sorted(seen) == sorted([*twin.W] * (max(K, 6) // K))  # each is in one part
 
 
 @cases("base", lte.BASES)
@@ -1108,7 +1035,7 @@ def test_merging_twice_changes_nothing_nor_does_autocast_and_one_heads_merge_is_
 @cases("reset", RESETS)
 def test_a_rounds_update_has_rank_r_a_head_and_N_r_merged_and_without_reset_twice_that_later(reset):
     model, rank = wrap(nn.Linear(19, 23).double()), partial(torch.linalg.matrix_rank, rtol=1e-9)
-    base, optimizer = by_name(model)["weight"], sgd(model)
+    base, optimizer = by_name(model)["weight"], SGD(model.parameters())
     W = [base.exact().clone()]
     for seed, times in ((1, 1), (2, 2 if reset == "none" else 1)):
         learn(model, seed)
@@ -1144,7 +1071,7 @@ def test_with_A_the_identity_or_no_factors_it_is_local_sgd_of_the_dense_model(T)
         [A.copy_(torch.eye(IN)) for A in (lora.A.requires_grad_(False), lora.merged_A)]
     twin = Twin(plain, models[1])  # without factors: dense copies, averaged
     assert not twin.low_rank and type(models[1].heads[0][0]) is nn.Linear
-    runs = [(model, sgd(model)) for model in models]
+    runs = [(model, SGD(model.parameters())) for model in models]
     for k in range(1, 2 * T + 1):
         twin.step(*batch(seed=k))
         [step(*run, *batch(seed=k)) for run in runs]
@@ -1174,19 +1101,12 @@ def test_a_reset_clears_the_whole_state_of_what_it_resets_and_no_other(reset):
         close(lora.B.abs(), torch.full_like(lora.B, 0.01), rtol=1e-6)
 
 
-OUTER = {
-    "none": partial(torch.optim.SGD, lr=1.0),
-    "nesterov": partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True),
-    "adam": partial(torch.optim.Adam, lr=0.1),
-}
-
-
-@cases("kind", OUTER)
+@cases("kind", [None, NESTEROV, partial(torch.optim.Adam, lr=0.1)], ids=["", "nesterov", "adam"])
 def test_decay_is_of_W_alone_before_what_is_added_and_an_outer_optimizer_steps_on_it(kind):
     model = wrap(net())
     dense = lte.merged_state_dict(model)
-    by_hand = OUTER[kind](dense.values())
-    outer = OUTER[kind](lte.outer_parameters(model)) if kind != "none" else None
+    by_hand = (kind or partial(torch.optim.SGD, lr=1.0))(dense.values())
+    outer = kind and kind(lte.outer_parameters(model))
     for seed in range(3):
         learn(model, seed)
         for name, base in by_name(model).items():
@@ -1202,9 +1122,6 @@ def test_decay_is_of_W_alone_before_what_is_added_and_an_outer_optimizer_steps_o
 @cases("wire", ["bf16", "int8", "nf4"])
 @on(1, 2, 4)
 def test_the_master_gets_just_the_sum_of_the_partial_sums_as_the_wire_rounds_them(world, wire):
-    """Each process's is rounded once, none on one process; the bytes are those foretold. Merged in
-    three parts of about equal bytes, the same is sent and made.
-    """
     model, parts, n = learn(loose(base="nf4")), learn(loose(base="nf4")), 4 // world
     own = {b.name: [x.delta(x.learnt()).detach() for x in b.learners] for b in model.shared}
     lte.merge(model, wire=wire)
@@ -1212,7 +1129,7 @@ def test_the_master_gets_just_the_sum_of_the_partial_sums_as_the_wire_rounds_the
     for name, base in by_name(loose(base="nf4")).items():
         sent = [part[name].view(base.shape) for part in sums]
         exact = world == 1 or base.statistic
-        sent = [part if exact else rounded(part, wire) for part in sent]
+        sent = [part if exact else rounded(part, wire) for part in sent]  # once
         mean = lte.tree_sum(sent.__getitem__, 0, world) / 4
         same(by_name(model)[name].exact(), mean.float() if base.statistic else base.exact() + mean)
     foretold = lte.cost_report(model, wire=wire, merge_every=5)["sent"]
@@ -1225,14 +1142,14 @@ def test_the_master_gets_just_the_sum_of_the_partial_sums_as_the_wire_rounds_the
     assert max(shares) < 0.9 * model.bytes_sent or world == 1  # one tensor is two thirds of all
 
 
-@cases("kind", ["outer", "wire", "async_op"])
-def test_statistics_take_the_plain_mean_at_once_and_a_variance_stays_positive(kind):
+@cases("options", [{}, dict(wire="nf4"), dict(async_op=True)], ids=str)
+def test_statistics_take_the_plain_mean_at_once_and_a_variance_stays_positive(options):
     model = wrap(nn.BatchNorm1d(IN).double(), r=0)
-    options = dict(outer=dict(outer_optimizer=nesterov(model)), wire=dict(wire="nf4"))
+    options = options or dict(outer_optimizer=NESTEROV(lte.outer_parameters(model)))
     for variances in ([900.0, 1.0, 2.0], [0.1, 0.2, 0.3], [0.1, 0.1, 0.4]):
         for head, variance in zip(model.heads, variances, strict=True):
             head.running_var.fill_(variance)
-        work = lte.merge(learn(model), **options.get(kind, dict(async_op=True)))
+        work = lte.merge(learn(model), **options)
         if work:
             model(1e-3 * batch()[0])  # meanwhile each head's variance falls
             work.wait()
@@ -1256,9 +1173,9 @@ def test_what_is_sent_is_what_heads_had_learnt_then_and_does_not_mix_with_what_c
 
 
 @cases("base", ["fp32", "nf4"])
-def test_while_a_merge_is_in_flight_another_save_load_and_export_are_refused(tmp_path, base):
+def test_what_a_merge_in_flight_excludes_and_a_backward_across_one_are_errors(tmp_path, base):
     model, optimizer = trained(base=base)
-    before, outer = snapshot(model), nesterov(model)
+    before, outer = snapshot(model), NESTEROV(lte.outer_parameters(model))
     work = lte.merge(model, async_op=True, outer_optimizer=outer)
     work.exchanged.result()
     for call in (
@@ -1273,14 +1190,10 @@ def test_while_a_merge_is_in_flight_another_save_load_and_export_are_refused(tmp
     work.wait()
     with raises(RuntimeError, match="waited for already"):
         work.wait()
-
-
-@cases("base", ["fp32", "nf4"])
-def test_a_merge_between_forward_and_backward_is_an_error_and_not_a_wrong_gradient(base):
     model, (x, y) = seasoned(nn.Linear(IN, CLASSES).double(), base=base), batch()
     value = loss(model, x.requires_grad_(), y)
     lte.merge(model)
-    with raises(RuntimeError, match="modified by an inplace"):
+    with raises(RuntimeError, match="modified by an inplace"):  # and not a wrong gradient
         value.backward()
 
 
@@ -1293,6 +1206,11 @@ WRONG = {
     r"part=\(2, 2\)": dict(part=(2, 2)),
     "model.parameters": dict(optimizer=torch.optim.SGD([nn.Parameter(torch.ones(1))])),
     "lte.outer_parameters": {},
+}
+SPOILT = {
+    "NaN in A": lambda head: head[0].lora.A.data[1, 2:3].fill_(math.nan),
+    "inf in a bias": lambda head: head[0].bias.data[4:5].fill_(math.inf),
+    "B A overflows": lambda head: [p.data.fill_(1e200) for p in head[0].lora.parameters()],
 }
 
 
@@ -1311,13 +1229,6 @@ def test_what_a_merge_cannot_do_is_refused_and_nothing_changes(wrong):
     for call in (lte.merge, lte.merged_state_dict, lte.census, lte.outer_parameters):
         with raises(TypeError, match=r"Sequential.*lte\.LTE\("):
             call(net())
-
-
-SPOILT = {
-    "NaN in A": lambda head: head[0].lora.A.data[1, 2:3].fill_(math.nan),
-    "inf in a bias": lambda head: head[0].bias.data[4:5].fill_(math.inf),
-    "B A overflows": lambda head: [p.data.fill_(1e200) for p in head[0].lora.parameters()],
-}
 
 
 @cases("part", [(0, 1), (0, 2), (1, 2)])
@@ -1349,7 +1260,7 @@ def test_a_head_that_is_not_finite_is_left_out_and_starts_again_whole(spoil, lat
 def test_where_no_head_is_finite_every_process_raises_and_nothing_changes(later, world):
     model = learn(loose(base="nf4"))
     [head[2].bias.data.fill_(1e25) for head in model.heads]
-    lte.merge(model, outer_optimizer=(outer := nesterov(model)))
+    lte.merge(model, outer_optimizer=(outer := NESTEROV(lte.outer_parameters(model))))
     assert model.left_out == 0
     [p.data.fill_(fill) for lora in loras(model) for p, fill in ((lora.A, 1.0), (lora.B, 4e37))]
     held = copy.deepcopy((snapshot(model), outer.state_dict()))
@@ -1360,13 +1271,11 @@ def test_where_no_head_is_finite_every_process_raises_and_nothing_changes(later,
 
 
 @cases("processes, base", [(1, "fp32"), (2, "fp32"), (2, "nf4")])
-@cases("count, size", [(1, 384), (32, 64)])
-def test_a_merge_takes_at_most_two_buckets_or_two_copies_of_the_largest_tensor(
-    count, size, processes, base, monkeypatch
-):
+@cases("sizes", [[384], [64] * 32], ids=["one", "many"])
+def test_a_merge_takes_two_buckets_or_two_largest_tensors(sizes, processes, base, monkeypatch):
     monkeypatch.setattr(lte, "BUCKET", 2**14)
     as_if_among(processes, monkeypatch)
-    layers = [nn.Linear(size, size) for _ in range(count)]
+    layers = [nn.Linear(size, size) for size in sizes]
     model = learn(wrap(nn.Sequential(*layers), heads=2 * processes, base=base))
     largest = 4 * max(lte.BUCKET, *(base.numel for base in model.shared))
     with Peak() as peak:
@@ -1375,39 +1284,40 @@ def test_a_merge_takes_at_most_two_buckets_or_two_copies_of_the_largest_tensor(
 
 
 END = """
-import sys, torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[1])
-import lte
-if len(sys.argv) > 3:
-    place = f"file://{sys.argv[2]}"
-    dist.init_process_group("gloo", init_method=place, rank=int(sys.argv[3]), world_size=2)
+import sys, torch, torch.distributed as dist, lte
+if sys.argv[2:]:
+    place = f"file://{sys.argv[1]}"
+    dist.init_process_group("gloo", init_method=place, rank=int(sys.argv[2]), world_size=2)
 lte.merge(lte.LTE(torch.nn.Linear(300, 200), heads=2, r=2), async_op=True)
 """
 
 
 def test_a_process_may_end_right_after_a_merge_was_sent(tmp_path):
-    command = [sys.executable, "-c", END, str(Path(lte.__file__).parent), str(tmp_path / "meeting")]
-    runs = [subprocess.Popen([*command, *rank]) for rank in ([], ["0"], ["1"])]
+    start = partial(subprocess.Popen, cwd=Path(lte.__file__).parent)
+    command = sys.executable, "-c", END, tmp_path / "meeting"
+    runs = [start([*command, *rank]) for rank in ([], ["0"], ["1"])]
     assert [run.wait(100) for run in runs] == [0, 0, 0]
 
 
-# ------------------------------------------------------------------------------------------------
-# 7 training helpers and export
+# ---- 7 training helpers and export ----
 
 
 def test_one_heads_trouble_stays_its_own_and_it_is_clipped_by_its_own_norm():
-    model, (x, y) = seasoned(net()), batch()
-    grads = gradients(model, loss(model, x, y))
-    x[B : 2 * B] = math.nan
-    dirty = gradients(model, loss(model, x, y))
+    model, (x, y), gradients = seasoned(net()), batch(), []
+    for trouble in (0.0, math.nan):
+        x[B : 2 * B] += trouble
+        model.zero_grad()
+        loss(model, x, y).backward()
+        gradients.append({n: p.grad.clone() for n, p in model.heads.named_parameters()})
+    grads, dirty = gradients
     norms = lte.clip_grad_norm_(model, 0.05)
     assert norms.isnan().tolist() == [False, True, False]
     for h in (0, 2):
-        own = {name: g for name, g in grads.items() if name.startswith(f"heads.{h}.")}
+        own = {name: g for name, g in grads.items() if name.startswith(f"{h}.")}
         same({name: dirty[name] for name in own}, own)
         close(norms[h], torch.cat([g.flatten() for g in own.values()]).norm())
         for name, g in own.items():
-            close(model.get_parameter(name).grad, g * 0.05 / (norms[h] + 1e-6))
+            close(model.heads.get_parameter(name).grad, g * 0.05 / (norms[h] + 1e-6))
     small = lte.clip_grad_norm_(model, 1.0), lte.clip_grad_norm_(model, 1.0)
     same(*small)
 
@@ -1424,8 +1334,7 @@ def test_the_export_is_a_copy_with_the_plain_models_names_and_types(base):
     same(snapshot(model), before)
 
 
-# ------------------------------------------------------------------------------------------------
-# 8 checkpoints
+# ---- 8 checkpoints ----
 
 
 @on(2, 4)
@@ -1434,20 +1343,17 @@ def test_saved_at_any_step_by_any_processes_any_go_on_as_if_never_stopped(tmp_pa
     for k, setting in enumerate(settings, 4):  # merges are after 3, 6 and 9
         whole = go_on(a_run(*setting))
 
-        def save(by, k=k, setting=setting):
-            go_on(run := a_run(*setting), 1, k)
-            lte.save(tmp_path / f"{k} {by}", *run, step=k, note=["n", 1])
-
         def resume(by, k=k, setting=setting):
             run = a_run(*setting, rate=0.1, weights=1)
             assert lte.load(tmp_path / f"{k} {by}", *run) == {"step": k, "note": ["n", 1]}
             return [go_on(run, k + 1)]
 
-        save("all")
-        with mock.patch.object(dist, "is_initialized", lambda: False):
-            save("one") if dist.get_rank() == 0 else None
-        dist.barrier()
-        for by in ("all", "one"):
+        for by in ("one", "all"):
+            if by == "all" or dist.get_rank() == 0:
+                with mock.patch.object(dist, "is_initialized", lambda by=by: by == "all"):
+                    go_on(run := a_run(*setting), 1, k)
+                    lte.save(tmp_path / f"{k} {by}", *run, step=k, note=["n", 1])
+            dist.barrier()
             as_one_process(resume, by)
             same(resume(by), [whole])
 
@@ -1489,10 +1395,7 @@ def die(path=None, *_, **__):
         raise KeyboardInterrupt  # nobody catches it
 
 
-DEATHS = [(torch, "save"), (Path, "write_text"), (Path, "replace"), (shutil, "rmtree")]
-
-
-@cases("where", DEATHS, ids=str)
+@cases("where", [(torch, "save"), (Path, "write_text"), (Path, "replace"), (shutil, "rmtree")])
 def test_a_run_killed_at_any_moment_goes_on_from_its_last_whole_checkpoint(tmp_path, where):
     run, other = a_run(), a_run(weights=1)
     for k in (1, 1, 2):  # the first is replaced
@@ -1509,8 +1412,7 @@ def test_a_run_killed_at_any_moment_goes_on_from_its_last_whole_checkpoint(tmp_p
     assert whole(tmp_path) == [100, 10] and len(list(tmp_path.iterdir())) == 2
 
 
-def refused(error, says, folder, run, **options):
-    """load raises, in these words, and changes nothing."""
+def refused(error, says, folder, run, **options):  # and nothing has changed
     kept = copy.deepcopy((snapshot(run[0]), run[1].state_dict()))
     with raises(error, match=says):
         lte.load(folder, *run, **options)
@@ -1558,8 +1460,7 @@ def test_a_checkpoint_of_another_setting_is_refused(tmp_path, says):
     refused(ValueError, says, tmp_path, (run[0], a_run()[1]) if "make" in says else run)
 
 
-# ------------------------------------------------------------------------------------------------
-# 9 measures
+# ---- 9 measures, and README.md's loop ----
 
 
 @cases("base", ["fp32", "int8", "nf4"])
@@ -1598,15 +1499,9 @@ def test_the_subspace_report_equals_its_twin_and_what_has_no_value_is_nan():
     assert math.isnan(start["cosine"]) and math.isnan(start["effective_rank"])
 
 
-# ------------------------------------------------------------------------------------------------
-# README.md
-
-
 def test_the_readmes_loop_runs_and_its_model_loads_into_a_plain_one(tmp_path, monkeypatch):
-    """The first block with lte in the section "Your own model", as it stands."""
-    text = (Path(__file__).parent / "README.md").read_text()
-    blocks = text.split("## Your own model")[1].split("```python\n")[1:]
-    code = next(block.split("```")[0] for block in blocks if "lte." in block.split("```")[0])
+    text = Path(__file__).with_name("README.md").read_text().split("## Your own model")[1]
+    code = re.search(r"```python\n([^`]*lte\.[^`]*)```", text)[1]
     data = [(torch.randn(8, 3, 8, 8), torch.randint(5, (8,))) for _ in range(9)]
     ViT = partial(torchvision.models.VisionTransformer, num_classes=5, **VIT)
     monkeypatch.chdir(tmp_path)
@@ -1614,8 +1509,7 @@ def test_the_readmes_loop_runs_and_its_model_loads_into_a_plain_one(tmp_path, mo
     ViT().load_state_dict(torch.load("model.pt"))
 
 
-# ------------------------------------------------------------------------------------------------
-# 10 train.py: samples
+# ---- 10 train.py: samples ----
 
 CPU = torch.device("cpu")
 folder = partial(train.load_data.__wrapped__, "folder", download=False, workers=0, device=CPU)
@@ -1642,7 +1536,6 @@ def left_by(out):
 
 
 def run_train(out, flags):
-    """main() in this process."""
     train.main(["--batch-size", "16", "--out", str(out), *shlex.split(flags)])
     lte.agree(run="over")
     return left_by(out)
@@ -1650,7 +1543,7 @@ def run_train(out, flags):
 
 def sentence(flags):
     """What main() says, in one line, before it ends."""
-    with redirect_stderr(io.StringIO()) as shown, raises(SystemExit) as ended:
+    with mock.patch.object(sys, "stderr", io.StringIO()) as shown, raises(SystemExit) as ended:
         train.main(["--batch-size", "16", *shlex.split(flags)])
     code = ended.value.code
     said = code if isinstance(code, str) else shown.getvalue().removeprefix("usage: see --help\n")
@@ -1658,22 +1551,18 @@ def sentence(flags):
     return said
 
 
-@on(2)
-def each_of_two(folder, function, args, world):
-    rank = dist.get_rank()
+def as_torchrun_would(world, function, args):
     with pytest.MonkeyPatch.context() as patch:
         tiny.__wrapped__(patch)  # a fixture is no use in another process
-        patch.setattr(os, "environ", os.environ | dict(WORLD_SIZE="2", RANK=str(rank)))
+        patch.setattr(os, "environ", os.environ | dict(WORLD_SIZE="2", RANK=f"{dist.get_rank()}"))
         patch.setattr(train, "start", lambda args: CPU)
         patch.setattr(dist, "destroy_process_group", lambda: None)
-        torch.save(function(*args), f"{folder}/{rank}")
+        return function(*args)
 
 
 def on_two(function, *args):
     """What each of two processes returns, whose main() takes them for torchrun's."""
-    with tempfile.TemporaryDirectory() as folder:
-        each_of_two(folder=folder, function=function, args=args, world=2)
-        return [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(2)]
+    return run_on(as_torchrun_would, dict(world=2, function=function, args=args))
 
 
 def watched(out, flags):
@@ -1693,15 +1582,12 @@ def watched(out, flags):
     return seen, merges, arrived
 
 
-def test_shapes_are_the_same_on_every_call_and_hold_every_class():
+def test_shapes_hold_every_class_and_an_epoch_each_sample_once_in_an_order_of_its_own(tiny):
     x, y = train.make_shapes(300, "train")
     same(x, train.make_shapes(300, "train")[0])
     assert x.shape == (300, 3, 32, 32) and x.dtype == torch.uint8
     assert not torch.equal(x, train.make_shapes(300, "test")[0])
     assert set(y.tolist()) == set(range(10))
-
-
-def test_an_epoch_and_a_test_show_each_sample_once_and_the_next_epoch_another_order(tiny):
     steps = [train.batch_indices(96, 16, 0, step) for step in range(1, 13)]
     first, second = torch.cat(steps[:6]), torch.cat(steps[6:])
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(96))
@@ -1755,8 +1641,7 @@ def test_the_rate_warms_up_falls_to_zero_and_warms_up_again_after_a_reset():
 
 
 @cases("flags", ["--merge-every 2", "--merge-every 4 --parts 2", "--overlap 1"])
-def test_weights_decay_at_merges_as_dense_adamw_would_decay_them(tiny, tmp_path, flags):
-    """With no gradient at all, LTE's W and the dense one shrink by the same product."""
+def test_without_a_gradient_W_decays_at_merges_as_dense_adamw_decays_it(tiny, tmp_path, flags):
     flags = (f"{own} --steps 7 --lr 0.1 --weight-decay 0.3" for own in (flags, "--method dense"))
     with mock.patch.object(F, "cross_entropy", lambda x, y, **_: 0 * x.sum(1).mean()):
         close(*(run_train(tmp_path, each).weights for each in flags), rtol=1e-5, atol=1e-7)
@@ -1783,7 +1668,7 @@ def test_every_method_trains_and_tells_what_it_did(tiny, tmp_path, method, capsy
     assert f"test_accuracy: {run.result['test_accuracy']}\n" in capsys.readouterr().out
 
 
-def test_the_bytes_of_one_process_are_computed_and_those_of_two_counted(tiny, tmp_path):
+def test_bytes_are_computed_counted_on_two_processes_and_planned_the_same(tiny, tmp_path, capsys):
     flags = "--heads 2 --steps 6 --merge-every 3 --wire bf16"
     alone, [two, _] = run_train(tmp_path, flags), on_two(run_train, tmp_path / "two", flags)
     told = [alone.result["bytes_are"], two.result["bytes_are"]]
@@ -1791,22 +1676,28 @@ def test_the_bytes_of_one_process_are_computed_and_those_of_two_counted(tiny, tm
     assert alone.result["bytes_sent_per_step"] == two.result["bytes_sent_per_step"] > 0
     size = sum(p.numel() for p in alone.weights.values())
     assert alone.result["dense_bytes_per_step"] == 4 * size  # of 2 processes
+    flags = "--plan 2,8 --base nf4 --wire bf16 --merge-every 6 --parts 3".split()
+    train.main(flags)
+    printed = capsys.readouterr().out
+    model = train.make_model(train.parse_args(flags), tiny, CPU)
+    cost = lte.cost_report(model, workers=2, merge_every=6, wire="bf16")
+    step, dense, once = (cost["sent"][name] / 1e6 for name in ("step", "dense", "merge"))
+    held, all_dense = cost["held"]["all"] / 1e6, cost["held_dense"]["all"] / 1e6
+    assert f"| sends a step | {step:,.3f} MB | {dense:,.3f} MB | {dense / step:.1f} |" in printed
+    assert f"| waits a step | {step:,.3f} s | {dense:,.3f} s |" in printed  # 8 Mbit/s: 1 MB/s
+    assert f"| holds, activations aside | {held:,.3f} MB | {all_dense:,.3f} MB |" in printed
+    assert f"| sends at once | {once / 3:,.3f} MB |" in printed
 
 
 @cases("method", ["lte", "dense"])
-def test_micro_batches_add_up_to_the_step_of_the_whole_batch(tiny, tmp_path, monkeypatch, method):
-    """With SGD: Adam and clipping would hide a loss that is twice too large."""
+def test_micro_batches_add_up_and_W_is_exported_or_rounded(tiny, tmp_path, monkeypatch, method):
     sgd = lambda args, model: (torch.optim.SGD(model.parameters(), 1e-3), None)  # noqa: E731
-    monkeypatch.setattr(train, "make_optimizers", sgd)
+    monkeypatch.setattr(train, "make_optimizers", sgd)  # Adam would hide a loss twice too large
     flags = (f"--method {method} --steps 3 --clip 1e9 --accumulate {k}" for k in (1, 2))
     close(*(run_train(tmp_path, each).weights for each in flags), rtol=1e-4, atol=1e-6)
-
-
-def test_the_rounded_W_can_be_exported_instead(tiny, tmp_path):
-    flags = (f"--steps 4 --base nf4 --export {export}" for export in ("exact", "forward"))
-    exact, rounded = (run_train(tmp_path, each).weights["head.weight"] for each in flags)
-    rows = lte.decode(lte.encode(exact.view(-1, 64), "nf4"), "nf4", torch.float32)
-    same(rounded, rows.view_as(rounded))
+    flags = (f"--steps 4 --base nf4 --export {form}" for form in ("exact", "forward"))
+    exact, forward = (run_train(tmp_path, each).weights["head.weight"] for each in flags)
+    same(forward, rounded(exact, "nf4"))
 
 
 @cases("method", ["lte", "lora", "dense"])
@@ -1820,8 +1711,6 @@ def test_where_nothing_is_finite_the_run_ends_and_saves_nothing(tiny, tmp_path, 
     assert saved_step(tmp_path) == 2 and not (tmp_path / "model.pt").exists()
 
 
-# ---- stopping and going on ----
-
 RUNS = {  # flags; and {a step that a SIGTERM precedes: the step then saved}, at a merge's arrival
     "lte": ("", {4: 6, 11: 11}),
     "ahead": ("--overlap 2 --outer-lr 0.7 --outer-momentum 0.5 --base nf4", {4: 8}),
@@ -1834,8 +1723,7 @@ REAL = "--dataset folder --heads 2 --batch-size 16 --merge-every 2 --steps 20 --
 SAVED = "--merge-every 3 --save-every 2 --steps 5"  # saved at step 4, the last
 
 
-def terminate(*_):
-    """A SIGTERM; of two processes to the second one alone."""
+def terminate(*_):  # of two processes the second one alone
     if os.environ.get("RANK") != "0":
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -1885,17 +1773,13 @@ def test_a_run_killed_or_stopped_anywhere_ends_as_one_left_alone(tiny, tmp_path,
 
 
 def test_a_second_SIGTERM_kills_and_one_after_a_loss_silences_nothing(tiny, tmp_path, monkeypatch):
-    """torchrun sends one to all that are left, often while they end."""
     before = signal.signal(signal.SIGTERM, die)  # what kills, as far as this test goes
     code = cut_short(tmp_path, "--steps 3", 2, lambda _: (terminate(), terminate()))
     assert code is None and signal.getsignal(signal.SIGTERM) is die
     assert not lte.checkpoints(tmp_path / "checkpoints")
-
-    def lose(_):
-        monkeypatch.setattr(dist, "is_initialized", lambda: True)
-        raise lte.ProcessLost("another process has ended")
-
-    monkeypatch.setattr(dist, "destroy_process_group", terminate)
+    lose = mock.Mock(side_effect=lte.ProcessLost("another process has ended"))
+    monkeypatch.setattr(dist, "is_initialized", lambda: lose.called)
+    monkeypatch.setattr(dist, "destroy_process_group", terminate)  # as torchrun does
     said = cut_short(tmp_path, "--steps 3", 3, lose)
     signal.signal(signal.SIGTERM, before)
     assert said == "train.py: step 3: another process has ended"
@@ -1918,17 +1802,18 @@ def test_only_what_is_asked_or_started_again_goes_on(tiny, tmp_path, monkeypatch
 
 
 def test_another_flag_or_class_or_order_of_classes_is_refused_by_its_name(tiny, tmp_path):
-    """On going on; classes also where a model.pt is tested."""
     run_train(tmp_path, SAVED)
     flags = "--lr=0.5 --merge-every=4 --steps=6 --clip=2 --weight-decay=0 --reset=B --wire=bf16 "
     flags += "--overlap=1 --accumulate=2 --warmup=3 --label-smoothing=0.1 --bf16 --init=kaiming "
     flags += "--augment=crop-flip --dataset=cifar10 --heads=2 --seed=1 --base=nf4 --r=4 --parts=3 "
     flags += "--lora-alpha=5 --outer-lr=0.7 --outer-momentum=0.5 --method=localsgd --method=dense "
-    flags += "--model=mixer-nano --patch=16 --merge-warmup=2 --full-batch --batch-size=32"
+    flags += (
+        "--model=mixer-nano --patch=16 --merge-warmup=2 --full-batch --batch-size=32 --subspaces"
+    )
     for flag in flags.split():
         said = sentence(f"--out {tmp_path} {SAVED} --resume {flag}")
         assert f"is of a run with {flag.partition('=')[0]} " in said and str(tmp_path) in said
-    free = "help data download workers compile out export eval_every eval_only compare subspaces "
+    free = "data download workers compile out export eval_every eval_only compare "
     free += "plot bench plan save_every resume timeout"
     compared = {f.partition("=")[0][2:].replace("-", "_") for f in flags.split()}
     assert {a.dest for a in train.make_parser()._actions} == compared | set(free.split())
@@ -1941,7 +1826,6 @@ def test_another_flag_or_class_or_order_of_classes_is_refused_by_its_name(tiny, 
 
 
 def test_compare_trains_each_set_of_flags_in_its_own_folder_and_goes_on(tiny, tmp_path, capsys):
-    """Killed in the second: the first is done, the third has not begun."""
     pytest.importorskip("matplotlib")
     sets = ["--method dense", "", '--lr "0.002" --r 8', "--bf16"]
     folders = ["method_dense", "as_given", "lr_0.002_r_8", "bf16"]
@@ -1959,23 +1843,9 @@ def test_compare_trains_each_set_of_flags_in_its_own_folder_and_goes_on(tiny, tm
     assert rows[2][1:4] == [*told, f"{results[2]['bytes_sent_per_step']:,}"]
     assert (tmp_path / "whole" / "plot.png").stat().st_size > 10_000
     cut_short(tmp_path / "again", flags, 4, lambda args: args.method == "lte" and die())
-    main("--out", str(tmp_path / "again"), "--resume")
+    main("--out", str(tmp_path / "again"), "--resume")  # one is done, two have not begun
     for folder, run in zip(folders, runs, strict=True):
         same_end(left_by(tmp_path / "again" / folder), run)
-
-
-def test_a_plan_is_what_cost_report_counts(tiny, capsys):
-    flags = "--plan 2,8 --base nf4 --wire bf16 --merge-every 6 --parts 3".split()
-    train.main(flags)
-    printed = capsys.readouterr().out
-    model = train.make_model(train.parse_args(flags), tiny, CPU)
-    cost = lte.cost_report(model, workers=2, merge_every=6, wire="bf16")
-    step, dense, once = (cost["sent"][name] / 1e6 for name in ("step", "dense", "merge"))
-    held, all_dense = cost["held"]["all"] / 1e6, cost["held_dense"]["all"] / 1e6
-    assert f"| sends a step | {step:,.3f} MB | {dense:,.3f} MB | {dense / step:.1f} |" in printed
-    assert f"| waits a step | {step:,.3f} s | {dense:,.3f} s |" in printed  # 8 Mbit/s: 1 MB/s
-    assert f"| holds, activations aside | {held:,.3f} MB | {all_dense:,.3f} MB |" in printed
-    assert f"| sends at once | {once / 3:,.3f} MB |" in printed
 
 
 def test_the_benchmark_times_whole_steps_in_turn_and_both_forms(tiny, capsys, monkeypatch):
@@ -2138,7 +2008,6 @@ def test_images_are_read_as_a_viewer_shows_them(tmp_path, mode):
 
 @cases("size, augment", [(8, "crop-flip"), *((80, name) for name in train.AUGMENT)])
 def test_a_sample_and_its_augmentation_depend_on_step_and_place_alone(tmp_path, size, augment):
-    """Not on workers or shares, and a step is reached without those before."""
     save_images(tmp_path, size)
     batches = partial(folder(tmp_path, augment).train_batches, 3, 32)
     shared = partial(folder(tmp_path, augment, workers=2).train_batches, 3, 32)
@@ -2147,18 +2016,15 @@ def test_a_sample_and_its_augmentation_depend_on_step_and_place_alone(tmp_path, 
         assert x.shape == (32, 3, side, side) and x.dtype == torch.float32
         assert y.shape == ((32, 2) if augment in ("mixup", "cutmix") else (32,))
     assert not torch.equal(whole[0][0], whole[1][0])
-    for part in (slice(0, 16), slice(16, 32)):
+    for part in (slice(0, 16), slice(16, 32)):  # other workers and shares
         for (x, y), share in zip(whole, shared([1, 2], torch.arange(32)[part]), strict=True):
             same(list(share), [x[part], y[part]])
-    same([*batches([2], torch.arange(32))], whole[1:])
-
-
-def test_mixed_images_have_partners_of_their_own_slice_alone(tmp_path):
-    save_images(tmp_path, 80)
-    x, y = torch.arange(32.0).view(32, 1, 1, 1).expand(-1, 3, 4, 4).contiguous(), torch.arange(32)
-    mixed, labels = folder(tmp_path, "mixup").mixed(x, y // 16, 0, 1, torch.arange(32))
-    same(labels, F.one_hot(y // 16).float())  # black and white slices stay black and white
-    assert mixed[:16].max() <= 15 < 16 <= mixed[16:].min() and not torch.equal(mixed, x)
+    same([*batches([2], torch.arange(32))], whole[1:])  # reached without the step before
+    if augment == "mixup":  # partners are of one slice: its first 16 are of one class
+        x, y = torch.arange(32.0).view(32, 1, 1, 1).repeat(1, 3, 4, 4), torch.arange(32)
+        mixed, labels = folder(tmp_path, augment).mixed(x, y // 16, 0, 1, y)
+        same(labels, F.one_hot(y // 16).float())
+        assert mixed[:16].max() <= 15 < 16 <= mixed[16:].min() and not torch.equal(mixed, x)
 
 
 def test_a_corrupt_streamed_image_is_named_counted_and_replaced_by_the_next(tmp_path):
@@ -2175,8 +2041,7 @@ def test_a_corrupt_streamed_image_is_named_counted_and_replaced_by_the_next(tmp_
         list(data.test_batches(0, 1, 50))
 
 
-def fill(root, names, content=None):
-    """Files of this content, or images."""
+def fill(root, names, content=None):  # or images
     for name in names.split():
         save_image(root / name, 80, format="jpeg")
         content is None or (root / name).write_bytes(content)
@@ -2185,12 +2050,6 @@ def fill(root, names, content=None):
 def mat(**content):
     pytest.importorskip("scipy.io").savemat(file := io.BytesIO(), content)
     return file.getvalue()
-
-
-def make_cifar(root, files, labels, meta, names):
-    data = np.random.default_rng(0).integers(256, size=(4, 3072), dtype=np.uint8)
-    fill(root, files, pickle.dumps({"data": data, labels: [0, 1, 2, 3]}))
-    fill(root, meta, pickle.dumps({names: ["c0", "c1", "c2", "c3"]}))
 
 
 def make_imagenet(root):
@@ -2210,16 +2069,19 @@ def make_imagenet(root):
 
 def make_miniature(root, name):
     """A data set in its real layout, of a few images; how many, of which classes."""
+    pixels, classes = np.zeros((4, 3072), dtype=np.uint8), ["c0", "c1", "c2", "c3"]
     match name:
         case "cifar10":
-            files = "data_batch_1 data_batch_2 data_batch_3 data_batch_4 data_batch_5 test_batch"
             base = root / "cifar-10-batches-py"
-            make_cifar(base, files, "labels", "batches.meta", "label_names")
-            return "20 + 4", ["c0", "c1", "c2", "c3"]
+            files = "data_batch_1 data_batch_2 data_batch_3 data_batch_4 data_batch_5 test_batch"
+            fill(base, "batches.meta", pickle.dumps({"label_names": classes}))
+            fill(base, files, pickle.dumps({"data": pixels, "labels": [0, 1, 2, 3]}))
+            return "20 + 4", classes
         case "cifar100":
-            base, names = root / "cifar-100-python", "fine_label_names"
-            make_cifar(base, "train test", "fine_labels", "meta", names)
-            return "4 + 4", ["c0", "c1", "c2", "c3"]
+            base = root / "cifar-100-python"
+            fill(base, "meta", pickle.dumps({"fine_label_names": classes}))
+            fill(base, "train test", pickle.dumps({"data": pixels, "fine_labels": [0, 1, 2, 3]}))
+            return "4 + 4", classes
         case "caltech256":
             names = (f"001.ak47/001_000{i}.jpg 002.flag/002_000{i}.jpg" for i in range(1, 6))
             fill(root / "caltech256" / "256_ObjectCategories", " ".join(names))
@@ -2255,8 +2117,9 @@ def make_miniature(root, name):
 @cases("name", train.DATASETS.split()[1:])
 def test_each_data_set_trains_from_its_real_layout(tmp_path, monkeypatch, capsys, name):
     sizes, classes = make_miniature(tmp_path / "data", name)
-    for module in (datasets.cifar, datasets.places365, datasets.imagenet):
-        monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: os.path.isfile(path))
+    for module in ("cifar", "places365", "imagenet"):
+        check = f"torchvision.datasets.{module}.check_integrity"
+        monkeypatch.setattr(check, lambda path, md5=None: os.path.isfile(path))
     monkeypatch.setitem(train.MODELS, "vit-nano", (32, 1, train.ViTBlock, 4))
     flags = f"--dataset {name} --data {tmp_path}/data --workers 0 --steps 2 --batch-size 4"
     if name == "folder":
@@ -2266,12 +2129,10 @@ def test_each_data_set_trains_from_its_real_layout(tmp_path, monkeypatch, capsys
     assert f"{name}: {sizes} images of {len(classes)} classes" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------
-# 11 run_ddp.sh
+# ---- 11 run_ddp.sh ----
 
 
-def launch(variables, flags):
-    """run_ddp.sh; what it and its children say is its stdout."""
+def launch(variables, flags):  # what it and its children say is its stdout
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     given = dict(OMP_NUM_THREADS="1", PATH=path) | dict(v.split("=") for v in variables.split())
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -2296,9 +2157,8 @@ def launch(variables, flags):
     ],
 )
 def test_the_launcher_hands_on_where_to_meet_and_all_flags_or_refuses(tmp_path, variables, says):
-    """To a stand-in for python, which has 4 GPUs and else says what it is called with."""
     (tmp_path / "python").write_text('#!/bin/sh\n[ "$1" = -c ] && echo 4 8 || echo "$@"\n')
-    (tmp_path / "python").chmod(0o755)
+    (tmp_path / "python").chmod(0o755)  # a stand-in: it has 4 GPUs, and says how it is called
     with launch(f"{variables} PATH={tmp_path}:{os.environ['PATH']}", "--r 8") as launcher:
         said = launcher.stdout.read()
     assert says in said and said.count("\n") == 1
@@ -2306,7 +2166,6 @@ def test_the_launcher_hands_on_where_to_meet_and_all_flags_or_refuses(tmp_path, 
 
 
 def test_after_the_kill_of_a_process_torchrun_starts_again_and_nothing_is_lost(tmp_path):
-    """kill -9; the other says so, and the end is bit for bit that of a run on one process."""
     save_images(tmp_path / "images")
     flags, said = f"{REAL} --save-every 4 --data {tmp_path}/images", ""
     variables = "NPROC=2 MAX_RESTARTS=1 CUDA_VISIBLE_DEVICES="

@@ -61,6 +61,7 @@ Stopping and going on:
 """
 
 import argparse
+import ctypes
 import difflib
 import json
 import math
@@ -506,7 +507,7 @@ CHOICES |= dict(export=("exact", "forward"), resume=("last", "previous", "auto")
 ZERO = "workers merge_warmup overlap warmup weight_decay label_smoothing outer_momentum seed"
 SHARES = "label_smoothing", "outer_momentum"
 # What may differ between processes, and between a run and the one that goes on from it.
-OWN = "data where out rank runs restarts help".split()
+OWN = "data where out rank runs restarts".split()
 FREE = OWN + "download workers compile export eval_every eval_only compare plot".split()
 FREE += "bench plan save_every resume timeout world peers sharing".split()
 SWITCHES = "--full-batch", "--bf16", "--compile"  # one word, but a set of flags for --compare
@@ -515,7 +516,6 @@ SWITCHES = "--full-batch", "--bf16", "--compile"  # one word, but a set of flags
 def make_parser():
     """The flags that the text at the top of this file lists: name, kind, (what holds without)."""
     parser = argparse.ArgumentParser("train.py", "see --help", add_help=False, allow_abbrev=False)
-    parser.add_argument("-h", "--help", action="store_true")
     more = dict(compare=dict(nargs="*"), resume=dict(nargs="?", const="last"))
     for name, kind, default in re.findall(r"^    --(\S+) ?(\S*).*\((.*)\)$", __doc__, re.M):
         if not kind:
@@ -549,10 +549,9 @@ def parse_args(argv=None):
 
 def settle(argv):
     """The arguments of one run, checked, with its method's own settings filled in."""
-    parser = make_parser()
-    args, unknown = parser.parse_known_args(argv)
-    if args.help:
+    if {"-h", "--help"} & set(argv):
         sys.exit(print(__doc__))
+    args, unknown = (parser := make_parser()).parse_known_args(argv)
     if unknown:
         flag, known = unknown[0].split("=")[0], parser._option_string_actions
         near = [k for k in known if k.startswith(flag)] + difflib.get_close_matches(flag, known)
@@ -928,6 +927,7 @@ def peak_memory(device, forget=False):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device) if forget else None
         return torch.cuda.max_memory_allocated(device)
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed may still be held
     Path("/proc/self/clear_refs").write_text("5" if forget else "1")
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 

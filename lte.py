@@ -726,7 +726,7 @@ class Merge:
         self.reset, self.decay, self.outer_optimizer = reset, decay, outer_optimizer
         self.wire = wire if model.world > 1 else "fp32"  # nothing is sent, nothing rounded
         self.group, self.stream, self.device = None, None, model.shared[0].rows.device
-        heads = range(len(model.heads))
+        heads, self.threads = range(len(model.heads)), torch.get_num_threads()
         self.learnt = [{b: b.learners[h].learnt() for b in self.shared} for h in heads]  # live
         carried = map(model.heads[0].get_buffer, model.carried)
         status = [torch.stack([self.is_sound(h) for h in heads]), *carried]
@@ -739,11 +739,11 @@ class Merge:
         return torch.stack([x.to(self.device) for x in sizes]).max() < 0.5 / self.model.total
 
     def exchange(self):
-        """Sends and adds, bucket by bucket; yields every Base with its new shard and new rows.
+        """Partial sums -> all-to-all -> mean -> new shards -> all-gather of the forward format.
 
-        Partial sums -> all-to-all -> mean -> new shards -> all-gather of the forward format: the
-        bytes of an all-reduce, in our order of addition. Changes nothing that heads read.
+        Yields every Base with its new shard and new rows, and changes nothing that heads read.
         """
+        torch.set_num_threads(self.threads)  # another thread's default would round otherwise
         model, n = self.model, len(self.model.heads)
         self.status = all_gather(self.status, self.group)  # (P, bytes)
         model.bytes_sent += self.status[0].nbytes * (model.world - 1)

@@ -29,12 +29,12 @@ Use: three lines more than plain training.
     torch.save(lte.merged_state_dict(model), "model.pt")  # loads into a plain ViT()
 
 Glossary: symbol, name in the code, meaning
-    N, n    model.total     heads, over all processes; `model.heads` are those of this process
-    P       model.world     processes; `model.rank` is this one ("rank" is never the LoRA rank)
+    N, n, h model.total     heads of all processes; one's number; its place in `model.heads` here
+    P, T    model.world     processes, `model.rank` is this one; steps between merges, by the caller
     r, s    r, scaling      rank of one head's factors; s = lora_alpha / r, without 1/N
     A, B    lora.A, lora.B  (r, in), (out, r), of one head; A', B' as they were at the last merge
     U, V    U, V            (out, 2r), (2r, in): U V = B A - B' A'; s U V is a head's delta
-    W       Base            what all heads share: its forward format, and the exact master of it
+    W       Base            what all heads share; a "learner" is what one head has in its place
     M, i, o                 tokens of one head, inputs and outputs of a layer
 
 Source: Huh, Cheung, Bernstein, Isola, Agrawal, "Training Neural Networks from Scratch with Parallel
@@ -279,11 +279,11 @@ class Base(nn.Module):
         return rows.flatten()[: self.numel].view(self.shape)
 
     def whole(self, x):
-        """(share, 64) of every process -> (shape); no number, equal on all. Collective."""
+        """(share, 64) of every process -> (shape); a plain number stays. Collective."""
         return self.to_tensor(all_gather(x)) if torch.is_tensor(x) and x.dim() else x
 
     def share_of(self, x):
-        """(shape) -> (share, 64), what this process looks after; no number."""
+        """(shape) -> (share, 64), what this process looks after; a plain number stays."""
         return self.to_rows(x)[self.mine] if torch.is_tensor(x) and x.dim() else x
 
     def dense(self):
@@ -1093,8 +1093,8 @@ def subspace_report(model):
         angles = torch.linalg.svdvals(Q[m].mT @ Q[n]).clamp(max=1).acos()
         distance = angles.square().sum(1).sqrt() / (math.sqrt(A.shape[1]) * math.pi / 2)
         p = torch.linalg.svdvals(D.sum(0))
-        directed = torch.special.entr(p / p.sum()).sum().exp()
+        effective = torch.special.entr(p / p.sum()).sum().exp()
         cosine = (directions[m] * directions[n]).sum(1)
-        values = {"cosine": cosine, "grassmann": distance, "effective_rank": directed}
+        values = {"cosine": cosine, "grassmann": distance, "effective_rank": effective}
         report[base.name] = {name: value.mean().item() for name, value in values.items()}
     return report

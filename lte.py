@@ -678,7 +678,7 @@ def wrapped(model, idle=False):
 # ------------------------------------------------------------------------------------------------
 # 6 merge
 
-BUCKET = 2**22  # weights whose deltas are sent at a time (16 MB), or one tensor's
+BUCKET = 2**22, 2**16  # weights sent at a time on GPU, CPU: gloo sends long messages slowly
 
 
 def part_of(shared, k, K):
@@ -689,10 +689,10 @@ def part_of(shared, k, K):
 
 
 def buckets(shared):
-    """Groups of neighbours of one kind; the deltas of a group are sent together."""
+    """Groups of neighbours of one kind, a tensor at least; a group's deltas are sent together."""
     for _, group in groupby(shared, lambda b: (b.rows.device, b.shard.dtype, b.statistic)):
         group = list(group)
-        K = math.ceil(sum(base.numel for base in group) / BUCKET)
+        K = math.ceil(sum(base.numel for base in group) / BUCKET[group[0].rows.is_cpu])
         yield from filter(None, (part_of(group, k, K) for k in range(K)))
 
 

@@ -748,10 +748,9 @@ class Run:
         self.plain = getattr(self.model, "module", self.model)  # what is tested: the merged model
         self.optimizer, self.outer = make_optimizers(args, self.model)
         self.merges, self.work, self.sent_at = merge_steps(args), None, 0
-        self.save_due = self.stopping = False  # where a merge still travels
         every = range(args.eval_every, args.steps, args.eval_every)
         self.tests = {args.steps, *(min(s for s in self.merges if s >= k) for k in every)}
-        self.losses, self.accuracy = [], math.nan  # since, and of, the last test
+        self.losses, self.save_due, self.stopping = [], False, False  # losses since the last test
         self.now = self.printed = time.perf_counter()
         # In checkpoints. decays: of W since each part's own last merge.
         self.kept = dict(decays=[1.0] * args.parts, seconds=0.0, steps=0, speed=0.0, computed=0.0)
@@ -850,15 +849,15 @@ class Run:
             return
         loss = torch.stack(self.losses).nanmean().item()  # over the heads here that are sound
         if testing:
-            self.accuracy, test_loss = evaluate(self.plain, self.data, args, self.device)
+            accuracy, test_loss = evaluate(self.plain, self.data, args, self.device)
             self.model.train()
-            row = [step, step * args.batch_size, rate, loss, test_loss, self.accuracy]
+            row = [step, step * args.batch_size, rate, loss, test_loss, accuracy]
             row += [self.bytes_sent(step), self.kept["seconds"], getattr(self.model, "merges", 0)]
             self.log([*row, *self.subspaces().values()])
             self.losses = []
-        line = f"step {step}/{args.steps}  loss {loss:.3f}  accuracy {100 * self.accuracy:.1f} %  "
-        speed, sent = self.kept["speed"], self.bytes_sent(step) / 1e6
-        self.say(line + f"{speed:.0f} images/s  {sent:.1f} MB sent")
+        line = f"step {step}/{args.steps}  loss {loss:.3f}  {self.kept['speed']:.0f} images/s  "
+        line += f"{self.bytes_sent(step) / 1e6:.1f} MB sent"
+        self.say(line + (f"  accuracy {100 * accuracy:.1f} %" if testing else ""))
         self.now = self.printed = time.perf_counter()
 
     def log(self, *rows):
@@ -1042,24 +1041,25 @@ def print_table(results, more):
     print(f"\n| {' | '.join(titles)} |\n|---{'|--:' * (len(titles) - 1)}|")
     for flags, r in results.items():
         cells = [f"{100 * r['test_accuracy']:.2f} %", f"{r['test_loss']:.4f}"]
-        cells += [f"{r['bytes_sent_per_step']:,}", f"{r['images_per_second']:,.0f}"]
+        cells += [f"{r[name]:,.0f}" for name in ("bytes_sent_per_step", "images_per_second")]
         cells += [f"{r.get(name, math.nan):.3f}" for name in more]
         print(f"| {' | '.join([flags or '(as given)', *cells])} |")
 
 
 def draw_plot(runs, file):
-    """Accuracy against samples and against bytes sent, from each run's log.csv."""
+    """From each run's log.csv: accuracy against samples and bytes, and how far heads are apart."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for flags, one in runs.items():
+    pairs = [("images", "test_accuracy"), ("bytes_sent", "test_accuracy")]
+    pairs += [("images", y) for y in SUBSPACES[::2] * any(one.subspaces for one in runs.values())]
+    figure, _ = plt.subplots(len(pairs) // 2, 2, figsize=(10, 2 * len(pairs)), layout="constrained")
+    for k, (flags, one) in enumerate(runs.items()):
         rows = [row.split(",") for row in Path(one.out, "log.csv").read_text().split()]
         columns = {name: list(map(float, column)) for name, *column in zip(*rows, strict=True)}
-        for axis, name in zip(axes, ("images", "bytes_sent"), strict=True):
-            axis.plot(columns[name], columns["test_accuracy"], label=flags or one.method)
-            axis.set(xlabel=name, ylabel="test accuracy")
-    axes[1].set_xscale("log")
-    axes[0].legend()
+        for axis, (x, y) in zip(figure.axes, pairs[: 2 + 2 * one.subspaces], strict=False):
+            axis.plot(columns[x], columns[y], f"C{k}", label=flags or one.method)
+            axis.set(xlabel=x, ylabel=y, xscale="log" if x == "bytes_sent" else "linear")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left")
     figure.savefig(file, dpi=150)
 
 

@@ -203,6 +203,7 @@ BLOCK = 64  # weights a row; a row carries its own scale, so that any slice of r
 
 
 def check_choice(name, value, choices):
+    """Raises ValueError unless value is one of choices, ImportError where it needs a package."""
     if value not in choices:
         raise ValueError(f"{name}={value!r}: use one of {', '.join(choices)}")
     if value in ("int8", "nf4", "fp4") and importlib.util.find_spec("bitsandbytes") is None:
@@ -935,8 +936,7 @@ def checkpoints(directory):
 
 def newest(directory, previous=False):
     """(path, meta.json) of the newest checkpoint, or of the newest whole one if `previous`."""
-    found = checkpoints(directory)
-    if not found:
+    if not (found := checkpoints(directory)):
         raise FileNotFoundError(f"{directory} holds no checkpoint (step_...); train from the start")
     for path in found if previous else found[:1]:
         with suppress(OSError, ValueError, KeyError):
